@@ -1,0 +1,1 @@
+"""Sandgate: the management plane for code that AI agents write."""

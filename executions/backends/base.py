@@ -1,0 +1,222 @@
+"""What a backend promises. A backend is given a handle, code and limits; never a row, never the ORM.
+
+Handles are plain JSON, so that any process can pick a sandbox up again. Events are E2B's, with results as
+MIME bundles. All verbs are asynchronous and may be called from many tasks at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from executions.errors import Unsupported
+
+Handle = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do; everything defaults to no."""
+
+    languages: frozenset[str] = frozenset({"python"})
+    commands: bool = False
+    files: bool = False
+    contexts: bool = False
+    packages: bool = False
+    internet: bool = False
+    network_rules: bool = False
+    pause: bool = False
+    metrics: bool = False
+    ports: bool = False  # open_port() reaches the data plane of the sandbox
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The ceilings of one sandbox; the backend enforces them or says in `Capabilities` that it cannot."""
+
+    memory_mib: int = 512
+    cpu_count: int = 1
+    disk_mib: int = 512
+    processes: int = 64
+    output_bytes: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What create() makes. `sandbox_id` is ours (lowercase letters and digits) and is found again by list()."""
+
+    sandbox_id: str
+    template: str  # this backend's own name for the template
+    timeout_seconds: int  # the backend ends the sandbox by itself after this long
+    limits: Limits = Limits()
+    env: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    network: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that the code said.
+
+    kind     data
+    stdout   {"text": str}
+    stderr   {"text": str}
+    result   {"main": bool, "mime": {"text/plain": …, "text/html": …, "image/png": base64, "application/json": …,
+             "e2b/data": {column: list}, "e2b/chart": {…}}}   main: the cell's value, otherwise a display call
+    error    {"name": str, "value": str, "traceback": str}
+    count    {"execution_count": int}
+    usage    {"cpu_us": int, "peak_memory_bytes": int}        measured by the backend, not claimed by the guest
+    exit     {"exit_code": int}                               commands only, last
+    """
+
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """An entry of a folder in the sandbox."""
+
+    name: str
+    path: str
+    type: str  # file, directory or symlink
+    size_bytes: int = 0
+    mode: int = 0
+    modified_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A sandbox that the backend says it has, for reconciliation."""
+
+    sandbox_id: str  # ours, from the metadata; "" where it is not ours
+    handle: Handle
+    started_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What `check()` found. `walls` maps each wall's name to True, or to the sentence that says what is missing."""
+
+    ok: bool
+    detail: str = ""
+    isolation: str = ""
+    walls: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend:
+    """One place where sandboxes live. Subclasses implement the verbs they declare in `capabilities`.
+
+    create      boot a sandbox. BackendUnavailable: nothing exists there, another backend may be tried.
+    run_code    an async generator of events, ended by its own exhaustion. Closing it early (aclose) interrupts the
+                code and leaves the context usable where it can. RunTimedOut after `timeout_seconds`, when the remote
+                work has been stopped. SandboxLost when the sandbox died. The caller's own exceptions are "error" events,
+                never raised here.
+    kill        True once the sandbox is confirmed gone, also when it was gone before. Raises BackendError where
+                that is not known.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    isolation: str = "none"  # none, reduced, namespaces, microvm: the floor of agents compares in this order
+
+    def __init__(self, alias: str, options: dict[str, Any]) -> None:
+        self.alias = alias
+        self.options = options
+
+    def template_name(self, name: str, mapped: str) -> str:
+        """This backend's name for a template: `name` is ours, `mapped` the provider's id ("" where not set)."""
+        return name
+
+    async def create(self, spec: SandboxSpec) -> Handle:
+        raise NotImplementedError
+
+    async def connect(self, handle: Handle) -> None:
+        """Raise SandboxLost unless the sandbox is alive."""
+        raise NotImplementedError
+
+    def run_code(
+        self,
+        handle: Handle,
+        code: str,
+        *,
+        language: str = "python",
+        context_id: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_seconds: float = 60,
+    ) -> AsyncIterator[Event]:
+        raise NotImplementedError
+
+    def run_command(
+        self,
+        handle: Handle,
+        command: str,
+        *,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_seconds: float = 60,
+    ) -> AsyncIterator[Event]:
+        """Run `/bin/bash -l -c command`; stdout and stderr events, then `usage` where known and `exit`."""
+        raise Unsupported
+
+    async def list_contexts(self, handle: Handle) -> list[dict[str, Any]]:
+        raise Unsupported
+
+    async def create_context(self, handle: Handle, *, language: str, cwd: str | None = None) -> dict[str, Any]:
+        """Returns {"id", "language", "cwd"}."""
+        raise Unsupported
+
+    async def restart_context(self, handle: Handle, context_id: str) -> None:
+        raise Unsupported
+
+    async def remove_context(self, handle: Handle, context_id: str) -> None:
+        raise Unsupported
+
+    async def write_file(self, handle: Handle, path: str, data: bytes | AsyncIterator[bytes]) -> None:
+        """Create or replace one file, its folders too. FileRefused for what cannot be written."""
+        raise Unsupported
+
+    def read_file(self, handle: Handle, path: str) -> AsyncIterator[bytes]:
+        """The file in pieces. FileRefused(missing=True) where there is none."""
+        raise Unsupported
+
+    async def list_files(self, handle: Handle, path: str, *, depth: int = 1) -> list[FileInfo]:
+        raise Unsupported
+
+    async def remove_file(self, handle: Handle, path: str) -> None:
+        raise Unsupported
+
+    async def open_port(self, handle: Handle, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A byte stream to a port of the sandbox's data plane (49983, 49999). SandboxLost, or ConnectionRefusedError."""
+        raise Unsupported
+
+    async def set_timeout(self, handle: Handle, seconds: int) -> None:
+        """The sandbox ends `seconds` from now."""
+        raise Unsupported
+
+    async def pause(self, handle: Handle) -> None:
+        raise Unsupported
+
+    async def resume(self, handle: Handle, *, timeout_seconds: int) -> None:
+        raise Unsupported
+
+    async def kill(self, handle: Handle) -> bool:
+        raise NotImplementedError
+
+    async def kill_by_id(self, sandbox_id: str) -> bool:
+        """End the sandbox that carries our id, when its handle was never learned. True once none is left."""
+        for listed in await self.list():
+            if listed.sandbox_id == sandbox_id:
+                await self.kill(listed.handle)
+        return True
+
+    async def list(self) -> list[Listed]:
+        raise NotImplementedError
+
+    async def check(self) -> Check:
+        """Whether sandboxes can be had now, and behind which walls; never raises."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Let go of connections. The sandboxes live on."""

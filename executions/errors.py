@@ -1,0 +1,221 @@
+"""Every refusal and failure, with a stable code, one human sentence and a remedy: the same at each door.
+
+SandgateError
+├── Refused                     admission said no; nothing ran, nothing is owed
+│   ├── Invalid                 400  the request itself
+│   │   └── TooLarge            413
+│   ├── Unauthenticated         401
+│   ├── BudgetExhausted         402
+│   ├── Forbidden               403  scope, policy, floor
+│   ├── NotFound                404  also another team's
+│   ├── Conflict                409
+│   │   └── KeyReused           422
+│   ├── SessionGone             410
+│   ├── QuotaExceeded           429
+│   └── NoBackend               503
+└── BackendError                a machine said no, or broke
+    ├── BackendUnavailable      nothing has run: another backend may be tried
+    ├── SandboxLost             the sandbox died; code may have run
+    ├── RunTimedOut             the wall clock; the remote work has been stopped
+    ├── ContextUnknown          no such context in this sandbox
+    ├── FileRefused             a path or file that cannot be served
+    └── Unsupported             the backend does not have this capability
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SandgateError(Exception):
+    """Something failed."""
+
+    code = "internal"
+    status = 500
+    remedy = "Try again; if it happens again, tell the operator the request id."
+    theirs = False  # True where the caller's code or request is at fault, False where the fault is ours
+
+    def __init__(self, detail: str | None = None, *, remedy: str | None = None, **facts: Any) -> None:
+        self.detail = detail or (type(self).__doc__ or "").strip().splitlines()[0]
+        if remedy is not None:
+            self.remedy = remedy
+        self.facts = facts  # what a program may read: field, retry_after, remaining, needed, resets_at …
+        super().__init__(self.detail)
+
+    def problem(self) -> dict[str, Any]:
+        """The body that every door sends: RFC 9457 members plus ours."""
+        return {
+            "type": f"urn:sandgate:error:{self.code}",
+            "title": self.code.replace("_", " ").capitalize(),
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            "remedy": self.remedy,
+            **{k: v for k, v in self.facts.items() if v is not None},
+        }
+
+    def sentence(self) -> str:
+        """One line for a caller that reads text only (MCP, a terminal)."""
+        return f"{self.code}: {self.detail} {self.remedy}".strip()
+
+
+class Refused(SandgateError):
+    """The request was refused; nothing has run."""
+
+    code = "refused"
+    status = 400
+    theirs = True
+
+
+class Invalid(Refused):
+    """The request is not valid."""
+
+    code = "invalid"
+    remedy = "Correct the field that is named and send the request again."
+
+    def __init__(self, detail: str | None = None, *, field: str | None = None, **facts: Any) -> None:
+        super().__init__(detail, field=field, **facts)
+
+
+class TooLarge(Invalid):
+    """The code is larger than 1 MB."""
+
+    code = "too_large"
+    status = 413
+    remedy = "Put large data into a file (PUT /sessions/{id}/files) and read it from the code."
+
+
+class Unauthenticated(Refused):
+    """The key is missing, unknown, expired or revoked."""
+
+    code = "unauthenticated"
+    status = 401
+    remedy = "Send Authorization: Bearer sg_… with a key that is active; keys are made in the console."
+
+
+class BudgetExhausted(Refused):
+    """The budget does not cover the worst case of this request."""
+
+    code = "budget_exhausted"
+    status = 402
+    remedy = "Ask for less time, wait for the reset, or have an operator raise the budget. Do not retry unchanged."
+
+
+class Forbidden(Refused):
+    """This key may not do that."""
+
+    code = "forbidden"
+    status = 403
+    remedy = "Use a key with the scope that is named, or ask an operator for it."
+
+
+class NotFound(Refused):
+    """There is no such object."""
+
+    code = "not_found"
+    status = 404
+    remedy = "Check the id; objects of another team are not visible."
+
+
+class Conflict(Refused):
+    """The object is not in a state that allows this, or is busy."""
+
+    code = "conflict"
+    status = 409
+    remedy = "Read the object's state and try again when it has changed."
+
+
+class KeyReused(Conflict):
+    """This Idempotency-Key was used with another request."""
+
+    code = "idempotency_key_reused"
+    status = 422
+    remedy = "Use a new Idempotency-Key for a new request; repeat the old one only with the same body."
+
+
+class SessionGone(Refused):
+    """The session has ended."""
+
+    code = "session_gone"
+    status = 410
+    remedy = "Variables are lost. Start a new session, and send what it needs as files."
+
+
+class QuotaExceeded(Refused):
+    """A quota is used up."""
+
+    code = "quota_exceeded"
+    status = 429
+    remedy = "Wait for retry_after seconds, or end what is running."
+
+
+class NoBackend(Refused):
+    """No backend of the route can take this request."""
+
+    code = "no_backend"
+    status = 503
+    theirs = False
+    remedy = "Name another route, or ask the operator to look at GET /api/v1/backends."
+
+
+class BackendError(SandgateError):
+    """A backend failed."""
+
+    code = "backend_error"
+
+
+class BackendUnavailable(BackendError):  # nothing has run: another backend may be tried
+    """No sandbox could be provided."""
+
+    code = "backend_unavailable"
+    status = 503
+
+
+class SandboxLost(BackendError):
+    """The sandbox died before the code had ended; the code may have run in part."""
+
+    code = "sandbox_lost"
+    status = 502
+    remedy = "Nothing is run twice without being asked to: run it again if that is safe."
+
+
+class RunTimedOut(BackendError):
+    """The code ran longer than its timeout and was stopped."""
+
+    code = "timed_out"
+    status = 200
+    theirs = True
+    remedy = "Do less in one run, or ask for a longer timeout_seconds."
+
+
+class ContextUnknown(BackendError):
+    """There is no such context in this sandbox."""
+
+    code = "context_unknown"
+    status = 404
+    theirs = True
+    remedy = "List the session's contexts, or leave the context out."
+
+
+class FileRefused(BackendError):
+    """The path cannot be read or written."""
+
+    code = "file_refused"
+    status = 400
+    theirs = True
+    remedy = "Use an ordinary path in the sandbox's home or /tmp."
+
+    def __init__(self, detail: str | None = None, *, missing: bool = False, **facts: Any) -> None:
+        super().__init__(detail, **facts)
+        if missing:
+            self.code, self.status = "file_not_found", 404
+            self.remedy = "List the folder to see what is there; a path is always one inside the sandbox."
+
+
+class Unsupported(BackendError):
+    """This backend does not have that capability."""
+
+    code = "unsupported"
+    status = 400
+    theirs = True
+    remedy = "Name a route whose backend has the capability; GET /api/v1/backends lists them."

@@ -1,0 +1,53 @@
+"""The one way from async code to the ORM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.db import close_old_connections, connections
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def pool() -> ThreadPoolExecutor:
+    """About four threads, each with a database connection of its own."""
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=settings.HOP_THREADS, thread_name_prefix="rows")
+    return _pool
+
+
+async def rows(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run one synchronous unit of database work on the hop's own threads.
+
+    Django's default hop runs everything on one thread outside a request, so that one slow query delays
+    every other; inside requests it opens a thread and a connection for each.
+    """
+    if settings.HOP_INLINE:  # tests inside one transaction: the caller's own thread and connection
+        return await sync_to_async(fn, thread_sensitive=True)(*args, **kwargs)
+
+    def unit() -> R:
+        close_old_connections()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            close_old_connections()
+
+    return await sync_to_async(unit, thread_sensitive=False, executor=pool())()
+
+
+def close() -> None:
+    """End the hop's threads and their connections (shutdown, end of a test run)."""
+    global _pool
+    if _pool is None:
+        return
+    ending, _pool = _pool, None
+    list(ending.map(lambda _: connections.close_all(), range(settings.HOP_THREADS)))
+    ending.shutdown(wait=True)

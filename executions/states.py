@@ -1,0 +1,127 @@
+"""The closed lists: states, the roads between them, reasons, roles. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from django.db.models import TextChoices
+
+
+class ExecutionState(TextChoices):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # theirs: the code raised
+    TIMED_OUT = "timed_out"  # theirs: the wall clock
+    CANCELLED = "cancelled"
+    ERRORED = "errored"  # ours: only this one wakes an operator
+
+
+class SandboxState(TextChoices):
+    BOOTING = "booting"
+    IDLE = "idle"
+    LEASED = "leased"
+    PAUSED = "paused"
+    RETIRING = "retiring"
+    GONE = "gone"
+
+
+E, S = ExecutionState, SandboxState
+
+EXECUTION_NEXT: dict[str, frozenset[str]] = {
+    E.QUEUED: frozenset({E.STARTING, E.RUNNING, E.CANCELLED, E.ERRORED}),
+    E.STARTING: frozenset({E.RUNNING, E.QUEUED, E.CANCELLED, E.ERRORED}),
+    E.RUNNING: frozenset({E.SUCCEEDED, E.FAILED, E.TIMED_OUT, E.CANCELLED, E.ERRORED}),
+    E.SUCCEEDED: frozenset(),
+    E.FAILED: frozenset(),
+    E.TIMED_OUT: frozenset(),
+    E.CANCELLED: frozenset(),
+    E.ERRORED: frozenset(),
+}
+EXECUTION_ENDED = frozenset(s for s, after in EXECUTION_NEXT.items() if not after)
+
+SANDBOX_NEXT: dict[str, frozenset[str]] = {
+    S.BOOTING: frozenset({S.IDLE, S.LEASED, S.RETIRING, S.GONE}),
+    S.IDLE: frozenset({S.LEASED, S.RETIRING, S.GONE}),
+    S.LEASED: frozenset({S.PAUSED, S.RETIRING, S.GONE}),
+    S.PAUSED: frozenset({S.LEASED, S.RETIRING, S.GONE}),
+    S.RETIRING: frozenset({S.GONE}),
+    S.GONE: frozenset(),
+}
+SANDBOX_ENDED = frozenset({S.GONE})
+
+
+class EndReason(TextChoices):
+    """Why a sandbox ended."""
+
+    FINISHED = "finished"
+    IDLE = "idle"
+    EXPIRED = "expired"
+    KILLED = "killed"
+    EVICTED = "evicted"
+    BUDGET = "budget"
+    QUOTA = "quota"
+    LOST = "lost"
+    OUTAGE = "outage"
+    SHUTDOWN = "shutdown"
+
+
+class AttemptOutcome(TextChoices):
+    """What became of one try on one backend."""
+
+    OPEN = "open"
+    RAN = "ran"
+    SKIPPED = "skipped"
+    UNAVAILABLE = "unavailable"
+    LOST = "lost"
+
+
+class EventKind(TextChoices):
+    STDOUT = "stdout"
+    STDERR = "stderr"
+    RESULT = "result"
+    ERROR = "error"
+    STATE = "state"
+    TRUNCATED = "truncated"
+
+
+class Role(TextChoices):
+    OWNER = "owner"
+    OPERATOR = "operator"
+    DEVELOPER = "developer"
+    VIEWER = "viewer"
+    AUDITOR = "auditor"
+
+
+class Scope(TextChoices):
+    """What a key may do."""
+
+    RUN = "run"
+    READ = "read"
+    MANAGE = "manage"
+
+
+class Unit(TextChoices):
+    """What a quota counts."""
+
+    EXECUTIONS = "executions"
+    CONCURRENT_EXECUTIONS = "concurrent_executions"
+    CONCURRENT_SANDBOXES = "concurrent_sandboxes"
+    COMPUTE_SECONDS = "compute_seconds"
+    NANO_USD = "nano_usd"
+
+
+class Window(TextChoices):
+    MINUTE = "minute"
+    HOUR = "hour"
+    DAY = "day"
+    MONTH = "month"
+    TOTAL = "total"
+
+
+class Verdict(TextChoices):
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    PENDING = "pending"
+
+
+LANGUAGES = ("python", "bash", "javascript", "typescript", "r", "java")
