@@ -1,0 +1,39 @@
+# make run    Sandgate on http://127.0.0.1:8000, from nothing
+# make test   all tests, on SQLite and on PostgreSQL
+# make lint   style, types, layers, migrations
+# make bench  measurements of this machine
+
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: run test test-sqlite test-postgresql lint bench chromium tools
+
+run:
+	@$(PYTHON) deploy/bootstrap.py
+	@exec $(PY) manage.py serve
+
+test: test-sqlite test-postgresql
+
+test-sqlite: tools chromium
+	$(PY) -m pytest -n 2 $(ARGS)
+
+test-postgresql: tools
+	$(PY) -m pytest -n 2 --db=postgresql $(ARGS)
+
+lint: tools
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
+	$(PY) manage.py makemigrations --check --dry-run
+
+bench: tools
+	$(PY) -m pytest tests/bench -p no:xdist -s $(ARGS)
+
+tools:
+	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt
+
+# Debian's own browser, where it may be installed; elsewhere the browser tests say why they are skipped
+chromium:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
