@@ -18,7 +18,7 @@ test-sqlite: tools chromium
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-postgresql: tools
-	$(PY) -m pytest -n 2 --db=postgresql $(ARGS)
+	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 -m "not product and not browser and not runtime" $(ARGS)
 
 lint: tools
 	$(PY) -m ruff check

@@ -104,7 +104,7 @@ def uv_pin():
 
 
 def uv_here():
-    return "uv==" + (output([UV, "--version"]).split() + ["", ""])[1]
+    return output([UV, "--version"]).replace("uv ", "uv==").split(" ")[0]
 
 
 def fingerprint(lock):

@@ -1,0 +1,99 @@
+"""Sandgate in one terminal: web, background work and the local node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from typing import Any
+
+import structlog
+import uvicorn
+from django.core.management.base import BaseCommand
+
+from executions import backends, hop, operations
+from executions.management import boot, node, screen
+
+log = structlog.get_logger(__name__)
+
+
+class Command(BaseCommand):
+    help = "Run Sandgate in this terminal: web, background work and the local node. Ctrl-C ends all of it."
+
+    def add_arguments(self, parser: Any) -> None:
+        parser.add_argument("--no-node", action="store_true", help="the node is a unit of its own (sandbox_node)")
+
+    def handle(self, **options: Any) -> None:
+        boot.data_folder()
+        listening = boot.listening()
+        boot.database()
+        boot.many_files()
+        first = operations.first_start()
+        python = None if options["no_node"] else boot.template_python()
+        command = node.argv(python, die_with_parent=True) if python else None
+        text = screen.first(key=first.key, sign_in_url=first.sign_in_url) if first else screen.again()
+
+        config = uvicorn.Config(
+            "config.asgi:application",
+            loop="uvloop",
+            http="httptools",
+            ws="websockets",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=3,  # an open stream must not keep the process
+        )
+        server = Serving(config, text)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)  # uvicorn raises what it caught again: exit code 0, not 143
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            ended_well = runner.run(serve(server, listening, command))
+        hop.close()
+        if not ended_well:
+            sys.exit(1)
+
+
+class Serving(uvicorn.Server):
+    """uvicorn, with a word once it answers."""
+
+    def __init__(self, config: uvicorn.Config, text: str) -> None:
+        super().__init__(config)
+        self.text = text
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.text, flush=True)
+
+
+async def serve(server: Serving, listening: socket.socket, command: list[str] | None) -> bool:
+    """Serve until a signal; False when a part that must not end has ended by itself."""
+    web = asyncio.create_task(server.serve(sockets=[listening]))
+    beside = [asyncio.create_task(operations.background())]
+    if command:
+        beside += [asyncio.create_task(node.kept_running(command)), asyncio.create_task(tell_walls())]
+    ended, _ = await asyncio.wait([web, beside[0]], return_when=asyncio.FIRST_COMPLETED)
+    if web not in ended:
+        log.error("The background work ended by itself; so does the server", exc_info=beside[0].exception())
+        server.should_exit = True
+        await web
+    for task in beside:
+        task.cancel()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*beside, return_exceptions=True), 3)
+    await backends.close_all()
+    return web in ended and web.exception() is None
+
+
+async def tell_walls() -> None:
+    """Say which walls stand, as soon as the node can tell."""
+    check = await backends.get("local").check()
+    for _ in range(60):
+        if check.ok:
+            break
+        await asyncio.sleep(0.5)
+        check = await backends.get("local").check()
+    print(screen.walls(check), flush=True)

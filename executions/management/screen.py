@@ -1,0 +1,68 @@
+"""The last screen of a start: at the first one it is the whole tutorial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+
+from executions.backends.base import Check
+
+
+def first(*, key: str, sign_in_url: str) -> str:
+    """Everything a newcomer types next. Shown once: it holds the one key and the one link."""
+    url = settings.PUBLIC_URL
+    return f"""
+Sandgate is running on {url}
+
+Sign in, as its first operator (the link works once):
+  {sign_in_url}
+
+For a program (this key is shown once):
+export SANDGATE_URL={url}
+export SANDGATE_API_KEY={key}
+
+Run code:
+curl -s $SANDGATE_URL/api/v1/executions -H "Authorization: Bearer $SANDGATE_API_KEY" \\
+  -H "Content-Type: application/json" -d '{{"code": "1+1"}}'
+
+An MCP client:
+{{"mcpServers": {{"sandgate": {{"type": "http", "url": "{url}/mcp", "headers": {{"Authorization": "Bearer {key}"}}}}}}}}
+
+E2B's SDKs, unchanged:
+export E2B_API_URL={url}/e2b
+export E2B_SANDBOX_URL={url}/e2b
+export E2B_API_KEY=e2b_{key.removeprefix("sg_")}
+
+{e2b()}
+Ctrl-C ends it; make run starts it again."""
+
+
+def again() -> str:
+    """A later start: where things are, without any secret."""
+    url = settings.PUBLIC_URL
+    return f"""
+Sandgate is running on {url}   (console; operators: /admin/, programs: /api/docs, agents: /mcp)
+A new key: sign in and make one, or python manage.py key
+{e2b()}
+Ctrl-C ends it."""
+
+
+def e2b() -> str:
+    if settings.E2B_API_KEY:
+        return "E2B: the key is set; code runs there first, on the local runtime when E2B cannot."
+    return "E2B: no key, so code runs on the local runtime. With E2B: export E2B_API_KEY=e2b_… and start again."
+
+
+def walls(check: Check) -> str:
+    """The local runtime's walls on this machine; what is missing, with what to type."""
+    if not check.ok:
+        return f"Local runtime: not ready. {check.detail}\n  → python manage.py doctor"
+    standing = [name for name, state in check.walls.items() if state is True]
+    lines = [f"Local runtime: {check.isolation}. Walls that stand: {', '.join(standing) or 'none'}."]
+    lines += [f"  missing: {name}: {sentence(state)}" for name, state in check.walls.items() if state is not True]
+    return "\n".join(lines)
+
+
+def sentence(state: Any) -> str:
+    return str(state) if state else "not on this machine"

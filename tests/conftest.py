@@ -1,0 +1,111 @@
+"""What every test may ask for: databases, servers, the real product, a browser, the cast."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import connections
+
+from tests import servers
+from tests.product import Product, running_product
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Coroutine tests run on the test's own thread's loop, so that fixtures' rows are visible to them."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    wanted = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    async_to_sync(pyfuncitem.obj)(**wanted)
+    return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a server or a browser says so by the fixture that it asks for."""
+    for item in items:
+        asked = getattr(item, "fixturenames", ())
+        for fixture, marker in (("product", "product"), ("template_python", "runtime"), ("browser", "browser")):
+            if fixture in asked:
+                item.add_marker(marker)
+
+
+@pytest.fixture(autouse=True)
+def hop(request: pytest.FixtureRequest) -> None:
+    """Inside one transaction the hop stays on this thread; transaction=True tests hop as the product does."""
+    from django.conf import settings
+
+    marker = request.node.get_closest_marker("django_db")
+    real = bool(marker and (marker.kwargs.get("transaction") or marker.args[:1] == (True,)))
+    settings.HOP_INLINE = not (real or "transactional_db" in request.fixturenames)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hop_ends() -> Iterator[None]:
+    yield
+    from executions import hop
+
+    hop.close()
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> Iterator[None]:
+    """The threads of the hop and the pool let go of the test database before it is dropped."""
+    yield
+    from executions import hop
+
+    hop.close()
+    for connection in connections.all():
+        connection.close()
+        if hasattr(connection, "close_pool"):
+            connection.close_pool()
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with servers.redis() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def template_python() -> Path:
+    """The interpreter of the default template's environment, made once per checkout and reused by every run."""
+    from executions.backends.local import environment
+
+    if named := os.environ.get("SANDGATE_TEMPLATE_PYTHON"):
+        return Path(named)
+    return environment.make(Path(__file__).parent.parent / "var" / "templates")
+
+
+@pytest.fixture(scope="session")
+def product(template_python: Path) -> Iterator[Product]:
+    """The real product as its users start it, with a data folder of its own; one for all tests of a worker."""
+    with running_product(template_python) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    path = shutil.which("chromium")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("chromium is missing, and CI does not skip the browser tests: apt-get install -y chromium")
+        pytest.skip("chromium is not installed: apt-get install -y chromium")
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str):
+    """Debian's chromium under playwright; a page comes from browser.new_page()."""
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()

