@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,18 +58,7 @@ def start(data: Path, port: int, template_python: Path | None = None, **more: st
         preexec_fn=servers.die_with_parent,
     )
     product = Product(url=f"http://127.0.0.1:{port}", data=data, process=process)
-    shown = threading.Event()
-
-    def read() -> None:
-        assert process.stdout
-        for line in process.stdout:
-            product.screen.append(line)
-            if line.startswith("Ctrl-C ends it"):
-                shown.set()
-        shown.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    if not shown.wait(120) or process.poll() is not None:
+    if not servers.came(process, "Ctrl-C ends it", 120, product.screen) or process.poll() is not None:
         servers.end(process)
         raise RuntimeError("serve did not start:\n" + "".join(product.screen))
     text = "".join(product.screen)
@@ -87,3 +77,31 @@ def running_product(template_python: Path | None, **more: str) -> Iterator[Produ
             yield product
         finally:
             servers.end(product.process)
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below this one, also those in other namespaces."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def all_end(pids: set[int], seconds: float) -> bool:
+    """True once every one of them has ended; False when one is alive after so long."""
+    deadline = time.monotonic() + seconds
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            handle = os.pidfd_open(pid)
+            try:
+                ended, _, _ = select.select([handle], [], [], max(0, deadline - time.monotonic()))
+            finally:
+                os.close(handle)
+            if not ended:
+                return False
+    return True

@@ -60,7 +60,13 @@ def redis() -> Iterator[str]:
 
 @contextmanager
 def running(
-    command: list[Any], *, ready: str, stop: int = signal.SIGTERM, seconds: float = 60, **popen: Any
+    command: list[Any],
+    *,
+    ready: str,
+    stop: int = signal.SIGTERM,
+    seconds: float = 60,
+    said: list[str] | None = None,
+    **popen: Any,
 ) -> Iterator[subprocess.Popen[str]]:
     """A child that has printed `ready`; ended by `stop` and then by force, and dies with this process."""
     process = subprocess.Popen(
@@ -68,33 +74,31 @@ def running(
         text=True, preexec_fn=die_with_parent, **popen,
     )  # fmt: skip
     try:
-        said = wait_for_line(process, ready, seconds)
-        if said is not None:
-            raise RuntimeError(f"{command[0]} did not become ready:\n{said}")
+        lines = [] if said is None else said
+        if not came(process, ready, seconds, lines):
+            raise RuntimeError(f"{command[0]} did not become ready:\n{''.join(lines)}")
         yield process
     finally:
         end(process, stop)
 
 
-def wait_for_line(process: subprocess.Popen[str], ready: str, seconds: float) -> str | None:
-    """None once a line with `ready` came (later lines are drained), else all that was said instead."""
-    lines: list[str] = []
+def came(process: subprocess.Popen[str], ready: str, seconds: float, said: list[str]) -> bool:
+    """Whether a line with `ready` came in time. `said` gets every line, also the later ones."""
     decided = threading.Event()
-    came: list[bool] = []
+    found: list[bool] = []
 
     def drain() -> None:
         assert process.stdout
         for line in process.stdout:
-            if not came:
-                lines.append(line)
+            said.append(line)
             if ready in line:
-                came.append(True)
+                found.append(True)
                 decided.set()
         decided.set()
 
     threading.Thread(target=drain, daemon=True).start()
     decided.wait(seconds)
-    return None if came else "".join(lines)
+    return bool(found)
 
 
 def end(process: subprocess.Popen[Any], stop: int = signal.SIGTERM, seconds: float = 10) -> int:
