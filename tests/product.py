@@ -33,9 +33,8 @@ class Product:
 
     def http(self, **options) -> httpx.Client:
         """A client with the first key."""
-        return httpx.Client(
-            base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60, trust_env=False, **options
-        )
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **options)
 
 
 def environment(data: Path, port: int, template_python: Path | None, **more: str) -> dict[str, str]:

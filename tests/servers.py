@@ -89,11 +89,12 @@ def came(process: subprocess.Popen[str], ready: str, seconds: float, said: list[
 
     def drain() -> None:
         assert process.stdout
-        for line in process.stdout:
-            said.append(line)
-            if ready in line:
-                found.append(True)
-                decided.set()
+        with process.stdout as lines:
+            for line in lines:
+                said.append(line)
+                if ready in line:
+                    found.append(True)
+                    decided.set()
         decided.set()
 
     threading.Thread(target=drain, daemon=True).start()

@@ -70,6 +70,7 @@ def database() -> None:
     """The database can be reached and has exactly this release's tables."""
     name = connection.settings_dict["NAME"]
     try:
+        reach()
         executor = MigrationExecutor(connection)
         newer = sorted(set(executor.loader.applied_migrations) - set(executor.loader.disk_migrations or {}))
         newer = [key for key in newer if key[0] == "executions"]
@@ -90,6 +91,16 @@ def database() -> None:
         )
     finally:
         connection.close()
+
+
+def reach() -> None:
+    """Connect once past the pool, which would only say that it waited. Raises DatabaseError."""
+    probe = connection.copy()
+    if probe.vendor == "postgresql":
+        options = {key: value for key, value in probe.settings_dict["OPTIONS"].items() if key != "pool"}
+        probe.settings_dict = {**probe.settings_dict, "OPTIONS": {**options, "connect_timeout": 10}}
+    probe.ensure_connection()
+    probe.close()
 
 
 def template_python() -> Path | None:

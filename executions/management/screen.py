@@ -43,7 +43,7 @@ def again() -> str:
     url = settings.PUBLIC_URL
     return f"""
 Sandgate is running on {url}   (console; operators: /admin/, programs: /api/docs, agents: /mcp)
-A new key: sign in and make one, or python manage.py key
+The first key was shown at the first start; sign in to make another.
 {e2b()}
 Ctrl-C ends it."""
 

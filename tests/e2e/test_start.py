@@ -118,7 +118,8 @@ def test_a_second_start_is_quick_shows_no_secret_and_changes_nothing(started, da
     again = start(data, servers.free_port(), template_python)
 
     try:
-        assert again.http().get("/healthz").status_code == 200
+        with again.http() as http:
+            assert http.get("/healthz").status_code == 200
         assert time.monotonic() - began < 10  # alone about 2 s; here other tests share the cores
         assert started.key not in "".join(again.screen)
         assert "sg_" not in "".join(again.screen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import sys
@@ -39,7 +40,7 @@ class Command(BaseCommand):
             "config.asgi:application",
             loop="uvloop",
             http="httptools",
-            ws="websockets",
+            ws="websockets-sansio",
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -67,6 +68,11 @@ class Serving(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self.text, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for name in ("uvicorn.error", "asyncio"):  # streams that are cut off now are cut off on purpose
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 async def serve(server: Serving, listening: socket.socket, command: list[str] | None) -> bool:
