@@ -109,3 +109,66 @@ def browser(chromium: str):
         started = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield started
         started.close()
+
+
+# The cast: Ada owns it, Bob may look, Eve is of another team and gets a 404.
+
+
+@pytest.fixture
+def team(db):
+    from executions.models import Team
+
+    return Team.objects.create(name="Engines")
+
+
+@pytest.fixture
+def ada(team):
+    return member(team, "ada", "owner")
+
+
+@pytest.fixture
+def bob(team):
+    return member(team, "bob", "viewer")
+
+
+@pytest.fixture
+def eve(db):
+    from executions.models import Team
+
+    return member(Team.objects.create(name="Elsewhere"), "eve", "owner")
+
+
+@pytest.fixture
+def agent(team):
+    from executions.models import Agent
+
+    return Agent.objects.create(team=team, name="etl", isolation_floor="none")
+
+
+@pytest.fixture
+def key(agent) -> str:
+    """A token of Ada's agent, with every scope."""
+    return token_for(agent)
+
+
+@pytest.fixture
+def eve_key(eve) -> str:
+    """A token of another team's agent, with every scope there."""
+    from executions.models import Agent
+
+    return token_for(Agent.objects.create(team=eve.memberships.get().team, name="spy", isolation_floor="none"))
+
+
+def member(team, name: str, role: str):
+    from executions.models import Membership, User
+
+    user = User.objects.create_user(name, f"{name}@example.org", "correct horse")
+    Membership.objects.create(team=team, user=user, role=role)
+    return user
+
+
+def token_for(agent) -> str:
+    from executions import keys
+    from executions.states import Scope
+
+    return keys.make_key(team=agent.team, agent=agent, name="for tests", scopes=Scope.values)[1]

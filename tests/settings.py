@@ -14,6 +14,7 @@ if "SANDGATE_TEST_DATA" not in os.environ:  # the first process of a run; pytest
     atexit.register(shutil.rmtree, os.environ["SANDGATE_TEST_DATA"], ignore_errors=True)
 RUN_DATA = Path(os.environ["SANDGATE_TEST_DATA"])
 os.environ["SANDGATE_DATA"] = str(RUN_DATA / os.environ.get("PYTEST_XDIST_WORKER", "main"))
+Path(os.environ["SANDGATE_DATA"]).mkdir(parents=True, exist_ok=True)
 os.environ["SECRET_KEY"] = "for-tests-only-" + "x" * 50
 os.environ.setdefault("DATABASE_URL", "")
 for name in ("E2B_API_KEY", "E2B_DOMAIN", "E2B_API_URL", "E2B_SANDBOX_URL", "REDIS_URL", "SANDGATE_PUBLIC_URL"):
