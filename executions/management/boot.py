@@ -114,6 +114,8 @@ def template_python() -> Path | None:
         return python
     try:
         return environment.make(TEMPLATES, say=lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except SandgateError as e:
         print(f"{e.detail}\n  → {e.remedy}\nGoing on without the local runtime.", file=sys.stderr)
         return None

@@ -30,7 +30,7 @@ def scrubbed() -> dict[str, str]:
 
 
 async def kept_running(command: list[str]) -> None:
-    """Keep the node alive until cancelled; then end it within about two seconds."""
+    """Keep the node alive until cancelled; then end it within about a second."""
     pause = 1.0
     while True:
         started = time.monotonic()
@@ -52,7 +52,7 @@ async def ended(node: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         node.terminate()
         try:
-            await asyncio.wait_for(node.wait(), 2)
+            await asyncio.wait_for(node.wait(), 1)
         except TimeoutError:
             node.kill()
             await node.wait()

@@ -7,16 +7,17 @@ from typing import Any
 from django.conf import settings
 
 from executions.backends.base import Check
+from executions.operations import FirstStart
 
 
-def first(*, key: str, sign_in_url: str) -> str:
+def first(start: FirstStart) -> str:
     """Everything a newcomer types next. Shown once: it holds the one key and the one link."""
-    url = settings.PUBLIC_URL
+    url, key = settings.PUBLIC_URL, start.token
     return f"""
 Sandgate is running on {url}
 
 Sign in, as its first operator (the link works once):
-  {sign_in_url}
+  {url}{start.sign_in_path}
 
 For a program (this key is shown once):
 export SANDGATE_URL={url}
@@ -43,7 +44,7 @@ def again() -> str:
     url = settings.PUBLIC_URL
     return f"""
 Sandgate is running on {url}   (console; operators: /admin/, programs: /api/docs, agents: /mcp)
-The first key was shown at the first start; sign in to make another.
+Cannot sign in? python manage.py sign_in_link
 {e2b()}
 Ctrl-C ends it."""
 

@@ -31,10 +31,10 @@ class Command(BaseCommand):
         listening = boot.listening()
         boot.database()
         boot.many_files()
-        first = operations.first_start()
         python = None if options["no_node"] else boot.template_python()
         command = node.argv(python, die_with_parent=True) if python else None
-        text = screen.first(key=first.key, sign_in_url=first.sign_in_url) if first else screen.again()
+        first = operations.first_start()  # last, as its key is shown once
+        text = screen.first(first) if first else screen.again()
 
         config = uvicorn.Config(
             "config.asgi:application",
@@ -43,6 +43,7 @@ class Command(BaseCommand):
             ws="websockets-sansio",
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -72,7 +73,9 @@ class Serving(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for name in ("uvicorn.error", "asyncio"):  # streams that are cut off now are cut off on purpose
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        draining = asyncio.create_task(operations.drain(1))  # whoever waits for a run still gets its answer
         await super().shutdown(sockets)
+        await draining
 
 
 async def serve(server: Serving, listening: socket.socket, command: list[str] | None) -> bool:
