@@ -1,0 +1,265 @@
+"""The pages: sessions, runs, usage, keys. Each reads rows, or pulls one verb and redirects."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from django.db.models import Count, Q, QuerySet, Sum
+from django.db.models.functions import TruncDate
+from django.http import HttpRequest, HttpResponse, QueryDict, StreamingHttpResponse
+from django.utils import timezone
+from django.views.decorators.clickjacking import xframe_options_sameorigin
+from django.views.decorators.http import require_GET
+
+from executions import backends, quotas
+from executions.console.copies import copies, curl
+from executions.console.frame import EXAMPLE, agents_of, key_of, member, page, spend_today
+from executions.costs import usd
+from executions.errors import NotFound
+from executions.keys import Caller
+from executions.models import Execution, Quota, Sandbox, Template, Usage
+from executions.operations.submit import find_session
+from executions.states import LANGUAGES, EventKind, ExecutionState, Unit
+
+PAGE = 50
+DAYS = 14
+# An isolated origin of its own, that reaches neither the console nor any network.
+FRAME_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; font-src data:; frame-ancestors 'self'"
+)
+
+
+@member
+@require_GET
+def sessions(request: HttpRequest) -> HttpResponse:
+    caller: Caller = request.caller
+    found = Sandbox.objects.sessions().filter(team=caller.team).select_related("agent__person", "template")
+    return page(
+        request,
+        "console/sessions.html",
+        "sessions",
+        sessions=found.annotate(runs=Count("executions")).order_by("-created_at", "-id")[:PAGE],
+        agents=agents_of(caller),
+        templates=Template.objects.filter(is_active=True).order_by("name"),
+        key=key_of(caller),
+        example=EXAMPLE,
+        curl=curl(),
+    )
+
+
+@member
+@require_GET
+def session(request: HttpRequest, session_id: str) -> HttpResponse:
+    caller: Caller = request.caller
+    found = find_session(caller, session_id)
+    live = found.ended_at is None
+    backend = backends.get(found.backend) if found.backend in backends.aliases() else None
+    can = backend.capabilities.languages if backend else frozenset({"python"})
+    data = {
+        "id": found.id,
+        "open": live,
+        "can_run": "run" in caller.scopes,
+        "languages": [name for name in LANGUAGES if name in can and name in (found.agent.languages or LANGUAGES)],
+        "end_at": found.leased_until.isoformat(),
+        "example": EXAMPLE,
+    }
+    packages = found.packages.filter(verdict="allowed", requested=True).order_by("name")
+    context = {"session": found, "session_here": found.id, "live": live, "data": data, "packages": packages}
+    return page(request, "console/session.html", "sessions", **context)
+
+
+@member
+@require_GET
+def runs(request: HttpRequest) -> HttpResponse:
+    caller: Caller = request.caller
+    filters = {name: request.GET.get(name, "")[:200] for name in ("q", "state", "agent", "backend", "language")}
+    found = _filtered(Execution.objects.filter(team=caller.team), filters)
+    if before := request.GET.get("before"):
+        cursor = Execution.objects.filter(team=caller.team, id=before).first()
+        if cursor is not None:
+            at = cursor.created_at
+            found = found.filter(Q(created_at__lt=at) | Q(created_at=at, id__lt=cursor.id))
+    listed = list(found.select_related("agent__person").defer("files", "env")[: PAGE + 1])
+    query = QueryDict(mutable=True)
+    query.update({name: value for name, value in filters.items() if value})
+    first_page = query.urlencode()
+    if len(listed) > PAGE:
+        query["before"] = listed[PAGE - 1].id
+    agents = [(a.name, a.person.calls_themselves if a.person else a.name) for a in agents_of(caller)]
+    choices = [
+        ("state", "State", [(s.value, s.value.replace("_", " ")) for s in ExecutionState]),
+        ("agent", "Agent", agents),
+        ("backend", "Backend", [(alias, alias) for alias in backends.aliases()]),
+        ("language", "Language", [(name, name) for name in LANGUAGES]),
+    ]
+    return page(
+        request,
+        "console/runs.html",
+        "runs",
+        runs=listed[:PAGE],
+        filters=filters,
+        filtered=any(filters.values()),
+        choices=[{"name": n, "label": label, "options": o, "value": filters[n]} for n, label, o in choices],
+        before=before,
+        first_page=first_page,
+        older=query.urlencode() if len(listed) > PAGE else "",
+        key=key_of(caller),
+        curl=curl(),
+    )
+
+
+def _filtered(found: QuerySet[Execution], filters: dict[str, str]) -> QuerySet[Execution]:
+    columns = {"state": "state", "agent": "agent__name", "backend": "backend", "language": "language"}
+    for name, column in columns.items():
+        if filters[name]:
+            found = found.filter(**{column: filters[name]})
+    if text := filters["q"].strip():
+        found = found.filter(Q(id=text) | Q(workflow=text) | Q(code__icontains=text))
+    return found.order_by("-created_at", "-id")
+
+
+def find_run(caller: Caller, execution_id: str) -> Execution:
+    """A run of the caller's team; another team's is not found."""
+    related = ("agent__person", "key", "actor", "sandbox")
+    run = Execution.objects.select_related(*related).filter(team=caller.team, id=execution_id).first()
+    if run is None:
+        raise NotFound(f"There is no run {execution_id}.")
+    return run
+
+
+@member
+@require_GET
+def run(request: HttpRequest, execution_id: str) -> HttpResponse:
+    found = find_run(request.caller, execution_id)
+    problem = f"{found.error_value} ({found.error_code})" if found.error_code else ""
+    said = [EventKind.STDOUT, EventKind.STDERR, EventKind.RESULT, EventKind.ERROR]
+    return page(
+        request,
+        "console/run.html",
+        "runs",
+        run=found,
+        problem=problem,
+        has_output=found.events.filter(kind__in=said).exists(),
+        attempts=found.attempts.all(),
+        usage=found.usage.order_by("id"),
+        timeline=timeline(found),
+        copies=copies(found),
+    )
+
+
+def timeline(run: Execution) -> dict[str, Any]:
+    """Where the time went: queue, boot, run, settle, each at least a sliver of 1,000 wide."""
+    settled = max(run.usage.values_list("at", flat=True), default=None)
+    marks = [
+        ("queue", run.created_at, run.started_at),
+        ("boot", run.started_at, run.running_at),
+        ("run", run.running_at, run.ended_at),
+        ("settle", run.ended_at, settled if settled and run.ended_at and settled > run.ended_at else run.ended_at),
+    ]
+    spans = [(name, (end - start).total_seconds() * 1000) for name, start, end in marks if start and end]
+    whole = sum(ms for _, ms in spans) or 1
+    bars, x = [], 0.0
+    for name, ms in spans:
+        width = max(2.0 if ms else 0.0, ms / whole * 1000)
+        bars.append({"name": name, "ms": ms, "x": f"{x:.1f}", "width": f"{width:.1f}"})
+        x += width
+    return {"bars": bars, "words": ", ".join(f"{bar['name']} {bar['ms']:.0f} ms" for bar in bars)}
+
+
+@member
+@require_GET
+def output(request: HttpRequest, execution_id: str) -> HttpResponse:
+    """All that it printed, stdout and stderr in order, as a file."""
+    found = find_run(request.caller, execution_id)
+    texts = found.events.filter(kind__in=[EventKind.STDOUT, EventKind.STDERR]).order_by("seq")
+    response = StreamingHttpResponse(
+        [event["text"].encode(errors="replace") for event in texts.values_list("data", flat=True)],
+        content_type="text/plain; charset=utf-8",
+    )
+    response["Content-Disposition"] = f'attachment; filename="{found.id}.txt"'
+    return response
+
+
+@member
+@xframe_options_sameorigin
+@require_GET
+def frame(request: HttpRequest, execution_id: str, seq: int) -> HttpResponse:
+    """One HTML result as its author meant it, scripts and all, in an origin of its own."""
+    event = find_run(request.caller, execution_id).events.filter(seq=seq, kind=EventKind.RESULT).first()
+    html = event.data["mime"].get("text/html") if event else None
+    if html is None:
+        raise NotFound("There is no HTML result here.")
+    response = HttpResponse(html)
+    response["Content-Security-Policy"] = FRAME_POLICY
+    return response
+
+
+@member
+@require_GET
+def usage(request: HttpRequest) -> HttpResponse:
+    caller: Caller = request.caller
+    zone = ZoneInfo(caller.team.time_zone)
+    today = timezone.now().astimezone(zone).date()
+    days = [today - timedelta(days=back) for back in reversed(range(DAYS))]
+    since = datetime.combine(days[0], datetime.min.time(), tzinfo=zone)
+    metered = Usage.objects.filter(team=caller.team, at__gte=since)
+    lines = [
+        {"day": day, "agent": agent, "backend": backend, "duration_us": duration, "cost_nano_usd": cost}
+        for day, agent, backend, duration, cost in metered.annotate(day=TruncDate("at", tzinfo=zone))
+        .values_list("day", "agent__name", "backend")
+        .annotate(duration=Sum("duration_us"), cost=Sum("cost_nano_usd"))
+        .order_by("-day", "agent__name", "backend")
+    ]
+    by_day = {day: 0 for day in days}
+    for line in lines:
+        by_day[line["day"]] = by_day.get(line["day"], 0) + line["cost_nano_usd"]
+    midnight = datetime.combine(today, datetime.min.time(), tzinfo=zone)
+    open_sandboxes = Sandbox.objects.open().filter(team=caller.team)
+    return page(
+        request,
+        "console/usage.html",
+        "usage",
+        days=_bars(by_day),
+        lines=lines,
+        total=sum(line["cost_nano_usd"] for line in lines),
+        total_seconds=sum(line["duration_us"] for line in lines),
+        reserved=open_sandboxes.aggregate(total=Sum("reserved_nano_usd"))["total"] or 0,
+        runs_today=Execution.objects.filter(team=caller.team, created_at__gte=midnight).count(),
+        quotas=[_quota_line(quota) for quota in quotas.of(caller).select_related("team", "agent", "key")],
+        spend=spend_today(caller),
+        key=key_of(caller),
+        curl=curl(),
+    )
+
+
+def _bars(by_day: dict) -> list[dict[str, Any]]:
+    most = max(by_day.values()) or 1
+    step = 840 / len(by_day)
+    return [
+        {
+            "date": day,
+            "cost_nano_usd": cost,
+            "x": f"{n * step + 6:.0f}",
+            "width": f"{step - 12:.0f}",
+            "height": f"{cost / most * 150:.1f}",
+            "y": f"{159 - cost / most * 150:.1f}",
+        }
+        for n, (day, cost) in enumerate(by_day.items())
+    ]
+
+
+def _quota_line(quota: Quota) -> dict[str, Any]:
+    used = quotas.in_use(quota)
+    write = usd if quota.unit == Unit.NANO_USD else lambda n: f"{n:,}"
+    what = "Spend" if quota.unit == Unit.NANO_USD else quota.get_unit_display()
+    return {
+        "scope": quota.scope_name,
+        "what": what if quota.window == "total" else f"{what} per {quota.window}",
+        "used": write(used),
+        "reserved": write(quota.reserved),
+        "limit": write(quota.limit),
+        "share": min(100, round((used + quota.reserved) / quota.limit * 100)) if quota.limit else 100,
+    }
