@@ -57,7 +57,7 @@ def test_the_first_screen_is_all_that_a_newcomer_needs_to_run_code(product):
     execution = run_code(product, "1+1")
 
     assert execution["state"] == "succeeded"
-    assert execution["results"][0]["mime"]["text/plain"] == "2"
+    assert execution["results"][0]["text/plain"] == "2"
 
 
 def test_the_curl_on_the_first_screen_runs_as_it_stands(product):
