@@ -7,6 +7,7 @@ SandgateError
 │   ├── Unauthenticated         401
 │   ├── BudgetExhausted         402
 │   ├── Forbidden               403  scope, policy, floor
+│   │   └── PackageDenied       403
 │   ├── NotFound                404  also another team's
 │   ├── Conflict                409
 │   │   └── KeyReused           422
@@ -19,6 +20,7 @@ SandgateError
     ├── RunTimedOut             the wall clock; the remote work has been stopped
     ├── ContextUnknown          no such context in this sandbox
     ├── FileRefused             a path or file that cannot be served
+    ├── InstallFailed           a package cannot be resolved, fetched or put in place
     └── Unsupported             the backend does not have this capability
 """
 
@@ -107,6 +109,13 @@ class Forbidden(Refused):
     code = "forbidden"
     status = 403
     remedy = "Use a key with the scope that is named, or ask an operator for it."
+
+
+class PackageDenied(Forbidden):
+    """The agent's policy does not allow this package."""
+
+    code = "package_denied"
+    remedy = "Do without it, or ask an operator to add it to the agent's packages."
 
 
 class NotFound(Refused):
@@ -210,6 +219,15 @@ class FileRefused(BackendError):
         if missing:
             self.code, self.status = "file_not_found", 404
             self.remedy = "List the folder to see what is there; a path is always one inside the sandbox."
+
+
+class InstallFailed(BackendError):
+    """The package cannot be installed."""
+
+    code = "install_failed"
+    status = 422
+    theirs = True
+    remedy = "Check the name and the version; only wheels for the sandbox's Python are installed."
 
 
 class Unsupported(BackendError):

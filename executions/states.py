@@ -106,7 +106,6 @@ class Unit(TextChoices):
     EXECUTIONS = "executions"
     CONCURRENT_EXECUTIONS = "concurrent_executions"
     CONCURRENT_SANDBOXES = "concurrent_sandboxes"
-    COMPUTE_SECONDS = "compute_seconds"
     NANO_USD = "nano_usd"
 
 
@@ -125,3 +124,6 @@ class Verdict(TextChoices):
 
 
 LANGUAGES = ("python", "bash", "javascript", "typescript", "r", "java")
+
+# How strong the walls are, weakest first. On "simulated" nothing runs at all, which satisfies every floor.
+ISOLATION = ("none", "reduced", "namespaces", "microvm", "simulated")

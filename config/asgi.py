@@ -1,0 +1,51 @@
+"""The one entry for servers: `uvicorn config.asgi:application`, `daphne config.asgi:application`."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+from django.core.asgi import get_asgi_application
+
+django = get_asgi_application()
+
+from channels.auth import AuthMiddlewareStack
+from channels.routing import ProtocolTypeRouter, URLRouter
+from channels.security.websocket import AllowedHostsOriginValidator
+from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
+
+from executions.urls import websocket_urlpatterns
+
+pages = ASGIStaticFilesHandler(django)
+
+
+async def http(scope, receive, send):
+    """A path switch before Django: each request pays only for what its own door needs."""
+    path = scope["path"]
+    if path.startswith("/static/"):
+        return await pages(scope, receive, send)
+    return await django(scope, receive, send)
+
+
+async def lifespan(scope, receive, send):
+    """Connections are let go when the server stops."""
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            from executions import backends
+
+            await backends.close_all()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
+application = ProtocolTypeRouter(
+    {
+        "http": http,
+        "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(websocket_urlpatterns))),
+        "lifespan": lifespan,
+    }
+)

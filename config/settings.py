@@ -1,0 +1,241 @@
+"""Settings, read once from the environment or `.env`; what each means stands in docs/configuration.md."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import environ
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+env = environ.FileAwareEnv()  # X_FILE=path works for every X
+if (BASE_DIR / ".env").is_file():
+    env.read_env(str(BASE_DIR / ".env"))
+
+DATA = Path(env.str("SANDGATE_DATA", default=str(BASE_DIR / "var"))).absolute()
+
+
+def kept_secret(name: str) -> str:
+    """A secret of this installation, made at the first start, readable by its owner only."""
+    path = DATA / name
+    try:
+        DATA.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text().strip()
+    except OSError as e:
+        sys.exit(
+            f"The data folder {DATA} cannot be written ({e.strerror}). "
+            "Free some space or give it to this user, or name another: export SANDGATE_DATA=/path"
+        )
+    with os.fdopen(fd, "w") as f:
+        f.write(made := secrets.token_urlsafe(48))
+    return made
+
+
+DEBUG = env.bool("SANDGATE_DEBUG", default=False)
+SECRET_KEY = env.str("SECRET_KEY", default="") or kept_secret("secret_key")
+PORT = env.int("PORT", default=8000)
+BIND = env.str("SANDGATE_BIND", default="127.0.0.1")
+PUBLIC_URL = env.str("SANDGATE_PUBLIC_URL", default=f"http://127.0.0.1:{PORT}").rstrip("/")
+_public_host = PUBLIC_URL.split("://", 1)[-1].split("/")[0].rsplit(":", 1)[0]
+ALLOWED_HOSTS = env.list("SANDGATE_ALLOWED_HOSTS", default=["127.0.0.1", "localhost", "[::1]", _public_host])
+CSRF_TRUSTED_ORIGINS = [PUBLIC_URL]
+HTTPS = PUBLIC_URL.startswith("https://")
+
+INSTALLED_APPS = [
+    "executions.apps.ExecutionsConfig",  # first: its runserver starts the node too
+    "daphne",
+    "unfold",
+    "unfold.contrib.filters",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "channels",
+    "rest_framework",
+    "django_filters",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+]
+
+# Sessions, CSRF and the like are for people: these skip what programs call (config/middleware.py).
+MIDDLEWARE = [
+    "config.middleware.request_id",
+    "config.middleware.Security",
+    "config.middleware.Session",
+    "config.middleware.Common",
+    "config.middleware.Csrf",
+    "config.middleware.Authentication",
+    "config.middleware.Messages",
+    "config.middleware.FrameOptions",
+    "config.middleware.ContentPolicy",
+]
+PROGRAM_PATHS = ("/api/v1/", "/mcp", "/e2b", "/healthz", "/readyz", "/metrics")
+
+ROOT_URLCONF = "config.urls"
+ASGI_APPLICATION = "config.asgi.application"
+AUTH_USER_MODEL = "executions.User"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LOGIN_URL = "/sign-in"
+LOGIN_REDIRECT_URL = "/"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+HOP_THREADS = env.int("SANDGATE_HOP_THREADS", default=4)
+HOP_INLINE = False
+
+DATABASES = {"default": env.db_url("DATABASE_URL", default=f"sqlite:///{DATA / 'sandgate.sqlite3'}")}
+_database = DATABASES["default"]
+if _database["ENGINE"].endswith("sqlite3"):
+    _database["CONN_MAX_AGE"] = None
+    _database["OPTIONS"] = {
+        "transaction_mode": "IMMEDIATE",  # otherwise two admissions read the same count and both pass
+        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-20000;",
+    }
+elif _database["ENGINE"].endswith("postgresql"):
+    _database["CONN_MAX_AGE"] = 0
+    _database["OPTIONS"] = {**_database.get("OPTIONS", {}), "pool": {"min_size": 2, "max_size": HOP_THREADS + 8}}
+
+REDIS_URL = env.str("REDIS_URL", default="")
+CHANNEL_LAYERS = {
+    "default": {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [REDIS_URL]}}
+    if REDIS_URL
+    else {"BACKEND": "channels.layers.InMemoryChannelLayer"}
+}
+CACHES = {
+    "default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": REDIS_URL}
+    if REDIS_URL
+    else {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
+}
+
+# Where sandboxes come from; the order is the default route.
+E2B_API_KEY = env.str("E2B_API_KEY", default="")
+TEMPLATE_PYTHON = env.str("SANDGATE_TEMPLATE_PYTHON", default="")  # else var/templates/<hash>/bin/python
+SANDBOXES: dict[str, dict] = {}
+if E2B_API_KEY:
+    SANDBOXES["e2b"] = {
+        "BACKEND": "executions.backends.e2b.E2BBackend",
+        "OPTIONS": {
+            "API_KEY": E2B_API_KEY,
+            "DOMAIN": env.str("E2B_DOMAIN", default=""),
+            "API_URL": env.str("E2B_API_URL", default=""),
+            "SANDBOX_URL": env.str("E2B_SANDBOX_URL", default=""),
+        },
+    }
+SANDBOXES["local"] = {
+    "BACKEND": "executions.backends.local.LocalBackend",
+    "OPTIONS": {"RUN_DIR": str(DATA / "node")},
+}
+if env.bool("SANDGATE_SCRIPTED", default=False):
+    SANDBOXES["scripted"] = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}
+
+CODE_MAX_BYTES = 1_000_000
+FILE_MAX_BYTES = env.int("SANDGATE_FILE_MAX_BYTES", default=256 * 1024 * 1024)
+EXECUTION_TIMEOUT_MAX_SECONDS = env.int("SANDGATE_TIMEOUT_MAX_SECONDS", default=3600)
+HEARTBEAT_SECONDS = 10  # a runner that has not been heard of for three of these is dead
+BACKGROUND_SECONDS = 2.0  # how often the background loop looks
+RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)
+DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
+
+LANGUAGE_CODE = "en-us"
+TIME_ZONE = "UTC"
+USE_TZ = True
+USE_I18N = False
+
+STATIC_URL = "/static/"
+STATIC_ROOT = DATA / "static"
+STATICFILES_DIRS = [BASE_DIR / "static"]
+
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = HTTPS
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = "Lax"
+SECURE_HSTS_SECONDS = 31_536_000 if HTTPS else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = HTTPS
+SECURE_REFERRER_POLICY = "same-origin"
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if HTTPS else None
+X_FRAME_OPTIONS = "DENY"
+SILENCED_SYSTEM_CHECKS = [] if HTTPS else ["security.W004", "security.W008", "security.W012", "security.W016"]
+
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": ["'none'"],
+        "script-src": ["'self'"],
+        "style-src": ["'self'"],
+        "img-src": ["'self'", "data:", "blob:"],
+        "font-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "frame-src": ["'self'", "blob:"],
+        "form-action": ["'self'"],
+        "base-uri": ["'none'"],
+        "frame-ancestors": ["'none'"],
+    }
+}
+ADMIN_CONTENT_SECURITY_POLICY = {  # Unfold's Alpine needs eval and inline styles
+    **CONTENT_SECURITY_POLICY["DIRECTIVES"],
+    "script-src": ["'self'", "'unsafe-eval'", "'unsafe-inline'"],
+    "style-src": ["'self'", "'unsafe-inline'"],
+}
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": ["executions.api.auth.KeyAuthentication"],
+    "DEFAULT_PERMISSION_CLASSES": ["executions.api.auth.HasScope"],
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_PAGINATION_CLASS": "executions.api.pages.Pages",
+    "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "executions.api.problems.handler",
+    "UNAUTHENTICATED_USER": None,
+    "PAGE_SIZE": 50,
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Sandgate",
+    "DESCRIPTION": "Run the code that agents write: on E2B, or on the local runtime.",
+    "VERSION": "1",
+    "OAS_VERSION": "3.1.0",
+    "SCHEMA_PATH_PREFIX": "/api/v1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SERVE_PERMISSIONS": [],
+    "SERVE_AUTHENTICATION": [],
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+}
+
+LOG_FORMAT = env.str("SANDGATE_LOG_FORMAT", default="console" if sys.stderr.isatty() else "json")
+LOG_LEVEL = env.str("SANDGATE_LOG_LEVEL", default="INFO")
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"()": "config.logs.formatter", "style": LOG_FORMAT}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
+    "loggers": {
+        "django.request": {"level": "ERROR"},
+        "uvicorn.access": {"level": "WARNING"},
+        "daphne": {"level": "WARNING"},
+        "e2b": {"level": "INFO"},  # logs submitted code at DEBUG
+        "httpx": {"level": "WARNING"},
+        "httpcore": {"level": "WARNING"},
+    },
+}
+
+UNFOLD = {"SITE_TITLE": "Sandgate", "SITE_HEADER": "Sandgate", "SITE_SYMBOL": "shield", "SHOW_HISTORY": False}

@@ -1,0 +1,185 @@
+"""/api/v1/executions: run, look, follow, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import django_filters
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from drf_spectacular.utils import OpenApiResponse, extend_schema
+from rest_framework.generics import ListAPIView
+
+from executions import journal, operations
+from executions.api.auth import caller_of
+from executions.api.pages import shaped
+from executions.api.problems import answers
+from executions.errors import Invalid, NotFound
+from executions.hop import rows
+from executions.keys import Caller
+from executions.models import Execution
+from executions.serializers import (
+    CancelRequest,
+    ExecutionShape,
+    Submission,
+    event_shape,
+    execution_head,
+    execution_shape,
+    parse,
+)
+from executions.states import EXECUTION_ENDED, Scope
+
+KEEPALIVE_SECONDS = 15
+
+
+def body_of(request: HttpRequest) -> object:
+    """The JSON body; an empty one is {}. Raises Invalid."""
+    raw = request.body
+    if not raw:
+        return {}
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Invalid("The body is not valid JSON.", field="body") from None
+
+
+def answer(shape, status: int = 200) -> HttpResponse:
+    return HttpResponse(shape.model_dump_json(), status=status, content_type="application/json")
+
+
+def preferred_wait(request: HttpRequest) -> float | None:
+    """Seconds to wait inline: None is until the end. `Prefer: respond-async`, `Prefer: wait=N`."""
+    prefer = request.headers.get("Prefer", "")
+    if "respond-async" in prefer:
+        return 0
+    found = re.search(r"\bwait=(\d{1,5})\b", prefer)
+    return float(found[1]) if found else None
+
+
+async def collection(request: HttpRequest) -> HttpResponse:
+    """POST is an async view, because it waits; GET is an ordinary list."""
+    if request.method == "POST":
+        return await create(request)
+    return await rows(ExecutionList.as_view(), request)
+
+
+collection.csrf_exempt = True  # type: ignore[attr-defined]
+
+
+@answers
+async def create(request: HttpRequest) -> HttpResponse:
+    def who_and_what() -> tuple[Caller, Submission]:
+        return caller_of(request), parse(Submission, body_of(request))
+
+    shape = await operations.execute(
+        caller=who_and_what,
+        idempotency_key=request.headers.get("Idempotency-Key"),
+        wait_seconds=preferred_wait(request),
+    )
+    response = answer(shape, 201 if shape.state in EXECUTION_ENDED else 202)
+    response["Location"] = f"/api/v1/executions/{shape.id}"
+    return response
+
+
+def visible(caller: Caller, execution_id: str) -> Execution:
+    """An execution of the caller's team, and of their agent where the key has one. Raises NotFound."""
+    caller.needs(Scope.READ)
+    found = Execution.objects.select_related("agent", "sandbox", "actor").filter(pk=execution_id, team=caller.team)
+    if caller.key is not None and caller.key.agent_id:
+        found = found.filter(agent=caller.key.agent_id)
+    execution = found.first()
+    if execution is None:
+        raise NotFound(f"There is no execution {execution_id}.")
+    return execution
+
+
+@answers
+async def detail(request: HttpRequest, execution_id: str) -> HttpResponse:
+    if request.method not in ("GET", "HEAD"):
+        raise Invalid("GET only.", field="method")
+    return answer(await rows(lambda: execution_shape(visible(caller_of(request), execution_id))))
+
+
+@answers
+async def cancel(request: HttpRequest, execution_id: str) -> HttpResponse:
+    def find() -> tuple[Caller, Execution, CancelRequest]:
+        caller = caller_of(request)
+        caller.needs(Scope.RUN)
+        return caller, visible(caller, execution_id), parse(CancelRequest, body_of(request))
+
+    if request.method != "POST":
+        raise Invalid("POST only.", field="method")
+    caller, execution, asked = await rows(find)
+    await operations.cancel(execution=execution, caller=caller, reason=asked.reason)
+    return answer(await rows(lambda: execution_shape(visible(caller, execution_id))), 202)
+
+
+@answers
+async def events(request: HttpRequest, execution_id: str) -> HttpResponse:
+    """Server-sent events: the journal from `after_seq` (or Last-Event-ID) on, live until the end."""
+    after = request.headers.get("Last-Event-ID") or request.GET.get("after_seq") or "0"
+    if not after.isdigit() or len(after) > 9:
+        raise Invalid("after_seq: a whole number.", field="after_seq")
+    execution = await rows(lambda: visible(caller_of(request), execution_id))
+    response = StreamingHttpResponse(_stream(execution, int(after)), content_type="text/event-stream")
+    response["Cache-Control"] = "no-store"
+    response["X-Accel-Buffering"] = "no"
+    return response
+
+
+async def _stream(execution: Execution, seen: int):
+    quiet = 0.0
+    async with journal.Doorbell(execution.pk) as bell:
+        while True:
+            open_before = execution.is_open
+            batch = await rows(journal.read, execution.pk, seen)
+            for event in batch:
+                seen, quiet = event.seq, 0.0
+                yield f"id: {event.seq}\nevent: {event.kind}\ndata: {event_shape(event).model_dump_json()}\n\n"
+            if batch:
+                continue
+            if not open_before:
+                head = await rows(_head, execution.pk)
+                yield f"event: end\ndata: {head.model_dump_json()}\n\n"
+                return
+            if not await bell.wait(1.0):
+                quiet += 1
+                if quiet >= KEEPALIVE_SECONDS:
+                    quiet = 0.0
+                    yield ": still running\n\n"
+            await rows(execution.refresh_from_db, fields=["state", "ended_at"])
+            await asyncio.sleep(0)
+
+
+def _head(execution_id: str) -> ExecutionShape:
+    return execution_head(Execution.objects.select_related("agent", "sandbox", "actor").get(pk=execution_id))
+
+
+class ExecutionFilter(django_filters.FilterSet):
+    q = django_filters.CharFilter(field_name="code", lookup_expr="icontains", label="text in the code")
+    agent = django_filters.CharFilter(field_name="agent__name")
+    session = django_filters.CharFilter(field_name="sandbox_id")
+    created_after = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
+    created_before = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="lt")
+
+    class Meta:
+        model = Execution
+        fields = ["state", "user", "workflow", "language", "backend"]
+
+
+@extend_schema(responses={200: OpenApiResponse(ExecutionShape)}, summary="List executions, newest first")
+class ExecutionList(ListAPIView):
+    serializer_class = shaped(execution_head)
+    filterset_class = ExecutionFilter
+    queryset = Execution.objects.none()
+
+    def get_queryset(self):
+        caller = self.request.auth
+        found = Execution.objects.filter(team=caller.team).select_related("agent", "sandbox", "actor")
+        if caller.key is not None and caller.key.agent_id:
+            found = found.filter(agent=caller.key.agent_id)
+        return found
+
+
+

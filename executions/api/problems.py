@@ -1,0 +1,81 @@
+"""Errors become HTTP here, once: application/problem+json with a code, a sentence and a remedy."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from typing import Any
+
+from django.core.exceptions import RequestDataTooBig
+from django.http import Http404, HttpResponse
+from rest_framework.exceptions import APIException, MethodNotAllowed, ParseError, ValidationError
+
+from executions.errors import Forbidden, Invalid, NotFound, SandgateError, TooLarge, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+
+def problem(error: SandgateError, request: Any = None) -> HttpResponse:
+    """The answer for one of our errors."""
+    body = error.problem() | {"request_id": getattr(request, "id", "")}
+    response = HttpResponse(json.dumps(body), status=error.status, content_type="application/problem+json")
+    if retry := error.facts.get("retry_after"):
+        response["Retry-After"] = str(int(retry))
+    if error.status == 401:
+        response["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def answers(view):
+    """An async view whose refusals and failures become problems; what nobody expected becomes a 500 that says so."""
+
+    @functools.wraps(view)
+    async def answering(request, *args, **kwargs):
+        try:
+            return await view(request, *args, **kwargs)
+        except Exception as e:
+            return problem(translated(e), request)
+
+    answering.csrf_exempt = True
+    return answering
+
+
+def translated(error: Exception) -> SandgateError:
+    """Any exception as one of ours."""
+    match error:
+        case SandgateError():
+            return error
+        case RequestDataTooBig():
+            return TooLarge("The body is larger than a request may be.", field="body")
+        case Http404():
+            return NotFound()
+        case ParseError():
+            return Invalid("The body is not valid JSON.", field="body")
+        case ValidationError():
+            return Invalid(str(error.detail)[:300])
+        case MethodNotAllowed():
+            refused = Invalid(str(error.detail), remedy="The methods are listed in /api/docs.")
+            refused.code, refused.status = "method_not_allowed", 405
+            return refused
+        case APIException(status_code=401):
+            return Unauthenticated()
+        case APIException(status_code=403):
+            return Forbidden()
+        case APIException(status_code=404):
+            return NotFound()
+        case APIException():
+            refused = Invalid(str(error.detail))
+            refused.status = error.status_code
+            return refused
+    log.error("request_failed", exc_info=error)
+    return SandgateError("Something broke on our side.")
+
+
+def handler(error: Exception, context: dict) -> HttpResponse:
+    """DRF's EXCEPTION_HANDLER."""
+    return problem(translated(error), context["request"]._request)
+
+
+def not_found(request, exception=None):
+    return problem(NotFound("There is nothing at this address."), request)

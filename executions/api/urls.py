@@ -1,0 +1,26 @@
+from django.urls import path
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
+
+from executions.api import executions, problems, reading, sessions
+
+urlpatterns = [
+    path("api/v1/executions", executions.collection),
+    path("api/v1/executions/<str:execution_id>", executions.detail),
+    path("api/v1/executions/<str:execution_id>/events", executions.events),
+    path("api/v1/executions/<str:execution_id>/cancel", executions.cancel),
+    path("api/v1/sessions", sessions.collection),
+    path("api/v1/sessions/<str:session_id>", sessions.detail),
+    path("api/v1/sessions/<str:session_id>/timeout", sessions.timeout),
+    path("api/v1/sessions/<str:session_id>/files", sessions.files),
+    path("api/v1/sessions/<str:session_id>/packages", sessions.packages),
+    path("api/v1/templates", reading.templates),
+    path("api/v1/backends", reading.backends),
+    path("api/v1/environment", reading.environment),
+    path("api/v1/limits", reading.limits),
+    path("api/v1/refusals", reading.refusals),
+    path("healthz", reading.healthz),
+    path("readyz", reading.readyz),
+    path("api/schema", SpectacularAPIView.as_view(), name="schema"),
+    path("api/docs", SpectacularSwaggerSplitView.as_view(url_name="schema"), name="docs"),
+    path("api/v1/<path:rest>", problems.not_found),
+]

@@ -1,0 +1,35 @@
+"""The rows. Each says what is true of itself; the database enforces it."""
+
+from executions.models.base import HasLifecycle, IllegalTransition, new_id
+from executions.models.executions import Artifact, Attempt, Event, Execution
+from executions.models.money import LedgerEntry, Quota, Rate, Usage
+from executions.models.records import AuditEvent, IdempotencyRecord, Package, Refusal, Transition
+from executions.models.sandboxes import Sandbox, Template
+from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
+
+__all__ = [
+    "Agent",
+    "ApiKey",
+    "Artifact",
+    "Attempt",
+    "AuditEvent",
+    "Event",
+    "Execution",
+    "HasLifecycle",
+    "IdempotencyRecord",
+    "IllegalTransition",
+    "LedgerEntry",
+    "Membership",
+    "Package",
+    "Quota",
+    "Rate",
+    "Refusal",
+    "Sandbox",
+    "SignInLink",
+    "Team",
+    "Template",
+    "Transition",
+    "Usage",
+    "User",
+    "new_id",
+]

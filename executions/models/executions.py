@@ -1,0 +1,147 @@
+"""What ran: executions, their attempts, journal and artifacts."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from executions.models.base import HasLifecycle, IdField
+from executions.models.sandboxes import Sandbox
+from executions.models.teams import Agent, ApiKey, Team, User
+from executions.states import EXECUTION_ENDED, EXECUTION_NEXT, AttemptOutcome, EventKind, ExecutionState
+
+
+class ExecutionQuerySet(models.QuerySet):
+    def open(self):
+        return self.filter(ended_at__isnull=True)  # a partial index needs a condition without parameters
+
+
+class Execution(HasLifecycle):
+    """One request to run one piece of code, from admission to the bill."""
+
+    NEXT, ENDED, SUBJECT = EXECUTION_NEXT, EXECUTION_ENDED, "execution"
+
+    id = IdField(prefix="exe")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="executions")
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="executions")
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="executions")
+    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="executions")
+    sandbox = models.ForeignKey(Sandbox, models.PROTECT, null=True, blank=True, related_name="executions")
+    state = models.CharField(max_length=10, choices=ExecutionState, default=ExecutionState.QUEUED, editable=False)
+    language = models.CharField(max_length=12, default="python")
+    code = models.TextField()
+    code_sha256 = models.CharField(max_length=64)
+    context = models.CharField(max_length=64, blank=True)
+    command = models.BooleanField(default=False, help_text="A command line for bash instead of a cell.")
+    env = models.JSONField(default=dict, blank=True)
+    files = models.JSONField(default=dict, blank=True, help_text="Written before the code runs: path to base64.")
+    timeout_seconds = models.PositiveIntegerField(default=60)
+    route = models.JSONField(default=list, help_text="The backends that may run it, in order.")
+    cancel_on_disconnect = models.BooleanField(default=False)
+    user = models.CharField(max_length=200, blank=True, help_text="The caller's own end user.")
+    workflow = models.CharField(max_length=100, blank=True)
+    step = models.CharField(max_length=100, blank=True)
+    parent = models.ForeignKey("self", models.SET_NULL, null=True, blank=True, related_name="children")
+    metadata = models.JSONField(default=dict, blank=True)
+    door = models.CharField(max_length=10, blank=True, help_text="rest, mcp, console or gateway.")
+    ip = models.GenericIPAddressField(null=True, blank=True)
+    request_id = models.CharField(max_length=40, blank=True)
+    trace_id = models.CharField(max_length=32, blank=True)
+    backend = models.CharField(max_length=40, blank=True)
+    execution_count = models.PositiveIntegerField(null=True, blank=True)
+    error_code = models.CharField(max_length=40, blank=True)
+    error_name = models.CharField(max_length=200, blank=True)
+    error_value = models.TextField(blank=True)
+    cancel_requested_at = models.DateTimeField(null=True, blank=True)
+    cancel_reason = models.CharField(max_length=200, blank=True)
+    heartbeat_at = models.DateTimeField(null=True, blank=True, help_text="The runner's sign of life.")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    started_at = models.DateTimeField(null=True, blank=True)
+    running_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+    cpu_us = models.BigIntegerField(null=True, blank=True)
+    peak_memory_bytes = models.BigIntegerField(null=True, blank=True)
+    output_bytes = models.BigIntegerField(default=0)
+    cost_nano_usd = models.BigIntegerField(null=True, blank=True)
+
+    objects = ExecutionQuerySet.as_manager()
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["agent"], condition=Q(ended_at__isnull=True), name="execution_open_of_agent"),
+            models.Index(fields=["heartbeat_at"], condition=Q(ended_at__isnull=True), name="execution_open"),
+            models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
+            models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
+            models.Index(fields=["team", "workflow"], condition=~Q(workflow=""), name="execution_in_workflow"),
+        ]
+        constraints = [
+            models.CheckConstraint(condition=Q(state__in=ExecutionState.values), name="execution_state_known"),
+            models.CheckConstraint(
+                condition=Q(state__in=sorted(EXECUTION_ENDED), ended_at__isnull=False)
+                | ~Q(state__in=sorted(EXECUTION_ENDED)) & Q(ended_at__isnull=True),
+                name="execution_ended_has_end",
+            ),
+            models.CheckConstraint(condition=Q(timeout_seconds__gte=1), name="execution_timeout_positive"),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def is_open(self) -> bool:
+        return self.ended_at is None
+
+
+class Attempt(models.Model):
+    """One try of an execution on one backend."""
+
+    execution = models.ForeignKey(Execution, models.CASCADE, related_name="attempts")
+    number = models.PositiveSmallIntegerField()
+    backend = models.CharField(max_length=40)
+    sandbox = models.ForeignKey(Sandbox, models.PROTECT, null=True, blank=True, related_name="attempts")
+    outcome = models.CharField(max_length=12, choices=AttemptOutcome, default=AttemptOutcome.OPEN)
+    code = models.CharField(max_length=40, blank=True)
+    reason = models.CharField(max_length=500, blank=True)
+    started_at = models.DateTimeField(default=timezone.now)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["execution", "number"]
+        constraints = [models.UniqueConstraint(fields=["execution", "number"], name="attempt_number_once")]
+
+    def __str__(self) -> str:
+        return f"{self.number} on {self.backend}: {self.outcome}"
+
+
+class Event(models.Model):
+    """One entry of an execution's journal."""
+
+    execution = models.ForeignKey(Execution, models.CASCADE, related_name="events", db_index=False)
+    seq = models.PositiveIntegerField()
+    kind = models.CharField(max_length=10, choices=EventKind)
+    data = models.JSONField(default=dict)
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["execution", "seq"]
+        constraints = [models.UniqueConstraint(fields=["execution", "seq"], name="event_seq_once")]
+
+    def __str__(self) -> str:
+        return f"{self.seq} {self.kind}"
+
+
+class Artifact(models.Model):
+    """A file or rich result that is kept after the sandbox is gone."""
+
+    id = IdField(prefix="art")
+    execution = models.ForeignKey(Execution, models.CASCADE, related_name="artifacts")
+    name = models.CharField(max_length=255)
+    mime = models.CharField(max_length=100)
+    size_bytes = models.BigIntegerField()
+    sha256 = models.CharField(max_length=64)
+    content = models.BinaryField()
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,111 @@
+"""What may be used and what it costs. Money is an integer of nano-dollars."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from executions.models.executions import Execution
+from executions.models.sandboxes import Sandbox
+from executions.models.teams import Agent, ApiKey, Team
+from executions.states import Unit, Window
+
+
+class Quota(models.Model):
+    """A ceiling. A budget is the quota whose unit is nano_usd.
+
+    Whose it is: the key's, else the agent's, else the team's; with none of the three it is global.
+    """
+
+    team = models.ForeignKey(Team, models.CASCADE, null=True, blank=True, related_name="quotas")
+    agent = models.ForeignKey(Agent, models.CASCADE, null=True, blank=True, related_name="quotas")
+    key = models.ForeignKey(ApiKey, models.CASCADE, null=True, blank=True, related_name="quotas")
+    unit = models.CharField(max_length=24, choices=Unit)
+    window = models.CharField(max_length=8, choices=Window, default=Window.TOTAL)
+    limit = models.BigIntegerField(help_text="Nano-dollars for a budget: 5000000000 is $5.")
+    used = models.BigIntegerField(default=0, editable=False)
+    reserved = models.BigIntegerField(default=0, editable=False)
+    window_started_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(condition=Q(unit__in=Unit.values), name="quota_unit_known"),
+            models.CheckConstraint(condition=Q(window__in=Window.values), name="quota_window_known"),
+            models.CheckConstraint(
+                condition=Q(limit__gte=0, used__gte=0, reserved__gte=0), name="quota_not_negative"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.scope_name}: {self.get_unit_display()} per {self.window}"
+
+    @property
+    def scope_name(self) -> str:
+        owner = self.key or self.agent or self.team
+        return f"{owner._meta.verbose_name} {owner}" if owner else "everybody"
+
+
+class LedgerEntry(models.Model):
+    """One movement of money: set aside, given back, or spent, against one budget or against none."""
+
+    RESERVE, RELEASE, SPEND = "reserve", "release", "spend"
+
+    team = models.ForeignKey(Team, models.PROTECT, related_name="+")
+    quota = models.ForeignKey(Quota, models.SET_NULL, null=True, related_name="entries")
+    sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="ledger")
+    execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="ledger")
+    kind = models.CharField(max_length=8, choices=[(k, k) for k in (RESERVE, RELEASE, SPEND)])
+    amount_nano_usd = models.BigIntegerField()
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        verbose_name_plural = "ledger entries"
+        constraints = [models.CheckConstraint(condition=Q(amount_nano_usd__gte=0), name="ledger_not_negative")]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.amount_nano_usd}"
+
+
+class Usage(models.Model):
+    """What was metered: a stretch of a sandbox's allocated time, with the rate copied in."""
+
+    RUN, BOOT, IDLE = "run", "boot", "idle"
+
+    team = models.ForeignKey(Team, models.PROTECT, related_name="+")
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="+")
+    sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="usage")
+    execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="usage")
+    backend = models.CharField(max_length=40)
+    kind = models.CharField(max_length=4, choices=[(k, k) for k in (RUN, BOOT, IDLE)])
+    duration_us = models.BigIntegerField()
+    rate_nano_usd_per_second = models.BigIntegerField()
+    cost_nano_usd = models.BigIntegerField()
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        verbose_name_plural = "usage"
+        indexes = [models.Index(fields=["at", "team"], name="usage_by_time")]
+        constraints = [models.CheckConstraint(condition=Q(duration_us__gte=0, cost_nano_usd__gte=0), name="usage_not_negative")]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.duration_us} µs"
+
+
+class Rate(models.Model):
+    """What a second of something costs on a backend, with validity."""
+
+    VCPU, GIB = "vcpu_second", "gib_second"
+
+    backend = models.CharField(max_length=40, help_text="An alias of settings.SANDBOXES.")
+    meter = models.CharField(max_length=12, choices=[(VCPU, "vCPU-second"), (GIB, "GiB-second of memory")])
+    nano_usd = models.BigIntegerField()
+    valid_from = models.DateTimeField(default=timezone.now)
+    valid_to = models.DateTimeField(null=True, blank=True)
+    source = models.CharField(max_length=200, blank=True, help_text="Where the price was published.")
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(nano_usd__gte=0), name="rate_not_negative")]
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.meter}: {self.nano_usd} nano-dollars"

@@ -1,0 +1,113 @@
+"""What was written down: transitions, refusals, idempotency, audit, packages."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from executions.models.executions import Execution
+from executions.models.sandboxes import Sandbox
+from executions.models.teams import Agent, ApiKey, Team, User
+from executions.states import Verdict
+
+
+class Transition(models.Model):
+    """One step of an execution or a sandbox: history, source of metrics and outbox at once."""
+
+    execution = models.ForeignKey(Execution, models.CASCADE, null=True, related_name="transitions")
+    sandbox = models.ForeignKey(Sandbox, models.CASCADE, null=True, related_name="transitions")
+    before = models.CharField(max_length=10, blank=True)
+    after = models.CharField(max_length=10)
+    reason = models.CharField(max_length=200, blank=True)
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(execution__isnull=False, sandbox__isnull=True)
+                | Q(execution__isnull=True, sandbox__isnull=False),
+                name="transition_of_one_row",
+            )
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.before or 'new'} → {self.after}"
+
+
+class Refusal(models.Model):
+    """An admission that was denied, and why; repeats within an hour are counted, not stored again."""
+
+    team = models.ForeignKey(Team, models.CASCADE, related_name="refusals")
+    agent = models.ForeignKey(Agent, models.CASCADE, null=True, related_name="refusals")
+    key = models.ForeignKey(ApiKey, models.CASCADE, null=True, related_name="refusals")
+    actor = models.ForeignKey(User, models.CASCADE, null=True, related_name="+")
+    code = models.CharField(max_length=40)
+    detail = models.CharField(max_length=500)
+    facts = models.JSONField(default=dict)
+    roll = models.CharField(max_length=64, unique=True, editable=False, help_text="Hash of who, code and hour.")
+    times = models.PositiveIntegerField(default=1)
+    first_at = models.DateTimeField(default=timezone.now)
+    last_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"{self.code} × {self.times}"
+
+
+class IdempotencyRecord(models.Model):
+    """The promise that a repeated request is answered with the first one's execution, never run again."""
+
+    agent = models.ForeignKey(Agent, models.CASCADE, related_name="+")
+    token = models.CharField(max_length=255)
+    fingerprint = models.CharField(max_length=64)
+    execution = models.ForeignKey(Execution, models.CASCADE, null=True, related_name="+")
+    sandbox = models.ForeignKey(Sandbox, models.CASCADE, null=True, related_name="+")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["agent", "token"], name="idempotency_once")]
+
+    def __str__(self) -> str:
+        return self.token
+
+
+class AuditEvent(models.Model):
+    """What a person or a program did to configuration, keys, sign-ins and levers, with before and after."""
+
+    team = models.ForeignKey(Team, models.PROTECT, null=True, related_name="+")
+    actor = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, related_name="+")
+    action = models.CharField(max_length=40)
+    subject = models.CharField(max_length=80, blank=True)
+    before = models.JSONField(null=True)
+    after = models.JSONField(null=True)
+    reason = models.CharField(max_length=200, blank=True)
+    ip = models.GenericIPAddressField(null=True)
+    at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.subject}"
+
+
+class Package(models.Model):
+    """A package that was asked for, what was decided, and where it went."""
+
+    team = models.ForeignKey(Team, models.PROTECT, related_name="packages")
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="installed")
+    sandbox = models.ForeignKey(Sandbox, models.PROTECT, null=True, related_name="packages")
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, related_name="+")
+    actor = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
+    name = models.CharField(max_length=200)
+    version = models.CharField(max_length=100, blank=True)
+    sha256 = models.CharField(max_length=64, blank=True)
+    size_bytes = models.BigIntegerField(null=True)
+    verdict = models.CharField(max_length=8, choices=Verdict)
+    reason = models.CharField(max_length=300, blank=True)
+    requested = models.BooleanField(default=True, help_text="Asked for by name, not pulled in by another.")
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        indexes = [models.Index(fields=["name", "version"], name="package_by_version")]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}".strip()

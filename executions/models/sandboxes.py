@@ -1,0 +1,104 @@
+"""Where code runs: templates and sandboxes. A session is a sandbox that is kept."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from executions.models.base import HasLifecycle, IdField
+from executions.models.teams import Agent, ApiKey, Team, User
+from executions.states import SANDBOX_ENDED, SANDBOX_NEXT, EndReason, SandboxState
+
+
+class Template(models.Model):
+    """What a sandbox is made from."""
+
+    name = models.SlugField(max_length=64, unique=True)
+    description = models.CharField(max_length=300, blank=True)
+    languages = models.JSONField(default=list, blank=True)
+    cpu_count = models.PositiveSmallIntegerField(default=1)
+    memory_mib = models.PositiveIntegerField(default=512)
+    disk_mib = models.PositiveIntegerField(default=512)
+    env = models.JSONField(default=dict, blank=True, help_text="Environment variables of every sandbox; never secrets.")
+    e2b_template = models.CharField(max_length=100, blank=True, help_text="E2B's id; empty: code-interpreter-v1.")
+    is_active = models.BooleanField(default=True)
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(cpu_count__gte=1, memory_mib__gte=64, disk_mib__gte=16), name="template_sizes_sane"
+            )
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class SandboxQuerySet(models.QuerySet):
+    def open(self):
+        return self.filter(ended_at__isnull=True)  # a partial index needs a condition without parameters
+
+    def sessions(self):
+        return self.filter(kept=True)
+
+
+class Sandbox(HasLifecycle):
+    """One isolated machine on one backend, leased once. The row is the lease, and is inserted before the backend is asked."""
+
+    NEXT, ENDED, SUBJECT = SANDBOX_NEXT, SANDBOX_ENDED, "sandbox"
+
+    id = IdField(prefix="sbx")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="sandboxes")
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="sandboxes")
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="+")
+    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="+")
+    template = models.ForeignKey(Template, models.PROTECT, related_name="+")
+    backend = models.CharField(max_length=40)
+    isolation = models.CharField(max_length=12, default="none")
+    handle = models.JSONField(null=True, blank=True, editable=False)
+    state = models.CharField(max_length=10, choices=SandboxState, default=SandboxState.BOOTING, editable=False)
+    kept = models.BooleanField(default=False, help_text="A session: state persists between executions.")
+    name = models.CharField(max_length=100, blank=True)
+    metadata = models.JSONField(default=dict, blank=True)
+    env = models.JSONField(default=dict, blank=True)
+    cpu_count = models.PositiveSmallIntegerField(default=1)
+    memory_mib = models.PositiveIntegerField(default=512)
+    idle_timeout_seconds = models.PositiveIntegerField(default=300)
+    leased_until = models.DateTimeField(help_text="Its absolute end; the provider's own timeout is never later.")
+    last_used_at = models.DateTimeField(default=timezone.now)
+    reserved_nano_usd = models.BigIntegerField(default=0, help_text="What it may still cost, set aside.")
+    reserved_on = models.JSONField(default=list, blank=True, help_text="The budgets that hold the reservation.")
+    spent_nano_usd = models.BigIntegerField(default=0)
+    metered_until = models.DateTimeField(null=True, blank=True, help_text="Up to here its time is in the ledger.")
+    rate_nano_usd_per_second = models.BigIntegerField(default=0)
+    end_reason = models.CharField(max_length=10, choices=EndReason, blank=True)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    ready_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    objects = SandboxQuerySet.as_manager()
+
+    class Meta:
+        verbose_name_plural = "sandboxes"
+        indexes = [
+            models.Index(fields=["leased_until"], condition=Q(ended_at__isnull=True), name="sandbox_open"),
+            models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
+            models.Index(fields=["agent"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"),
+        ]
+        constraints = [
+            models.CheckConstraint(condition=Q(state__in=SandboxState.values), name="sandbox_state_known"),
+            models.CheckConstraint(condition=Q(reserved_nano_usd__gte=0), name="sandbox_reserved_not_negative"),
+            models.CheckConstraint(
+                condition=Q(state="gone", ended_at__isnull=False) | ~Q(state="gone") & Q(ended_at__isnull=True),
+                name="sandbox_gone_has_end",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def provider_name(self) -> str:
+        """Our id as the backends carry it: lowercase letters and digits only."""
+        return self.id.replace("_", "")

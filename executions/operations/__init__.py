@@ -1,0 +1,52 @@
+"""The verbs: each tells its story top to bottom and owns its transactions."""
+
+from executions.operations.background import background
+from executions.operations.cancel import request_cancel
+from executions.operations.environment import backend_states, environment, limits
+from executions.operations.install import install
+from executions.operations.reap import reap, retire
+from executions.operations.run import Run, drain, running, start
+from executions.operations.sessions import (
+    end_session,
+    extend_session,
+    get_file,
+    list_files,
+    open_session,
+    put_file,
+    remove_file,
+    restart_session,
+)
+from executions.operations.setup import FirstStart, first_start, seed
+from executions.operations.submit import find_session, submit
+from executions.operations.wait import cancel, execute, wait
+
+__all__ = [
+    "FirstStart",
+    "Run",
+    "background",
+    "backend_states",
+    "cancel",
+    "drain",
+    "end_session",
+    "environment",
+    "execute",
+    "extend_session",
+    "find_session",
+    "first_start",
+    "get_file",
+    "install",
+    "limits",
+    "list_files",
+    "open_session",
+    "put_file",
+    "reap",
+    "remove_file",
+    "request_cancel",
+    "restart_session",
+    "retire",
+    "running",
+    "seed",
+    "start",
+    "submit",
+    "wait",
+]

@@ -1,0 +1,94 @@
+"""What an agent can count on: read before planning long work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.utils import timezone
+
+from executions import backends, quotas
+from executions.errors import NoBackend
+from executions.hop import rows
+from executions.keys import Caller
+from executions.models import Sandbox
+from executions.routes import plan
+from executions.serializers import LimitShape, dollars, session_shape
+from executions.states import LANGUAGES, Scope, Unit
+
+
+def limits(*, caller: Caller) -> list[LimitShape]:
+    """Every ceiling of the caller with what is used, reserved and left."""
+    caller.needs(Scope.READ)
+    now, zone = timezone.now(), caller.team.time_zone
+    shapes = []
+    for quota in quotas.of(caller).select_related("team", "agent", "key"):
+        start = quotas.window_start(quota.window, zone, now)
+        stale = start is not None and quota.window_started_at < start
+        used = 0 if stale else quotas.in_use(quota)
+        money = quota.unit == Unit.NANO_USD
+        ends = quotas.window_end(quota.window, zone, now)
+        shapes.append(
+            LimitShape(
+                scope=quota.scope_name,
+                unit=quota.unit,
+                window=quota.window,
+                limit=quota.limit,
+                used=used,
+                reserved=quota.reserved,
+                remaining=max(0, quota.limit - used - quota.reserved),
+                remaining_usd=dollars(max(0, quota.limit - used - quota.reserved)) if money else "",
+                resets_at=ends,
+            )
+        )
+    return shapes
+
+
+def environment(*, caller: Caller) -> dict[str, Any]:
+    """Languages, packages, network, limits, remaining budget, live sessions of the caller's agent."""
+    caller.needs(Scope.READ)
+    caller = caller.acting_as(None)
+    agent = caller.agent
+    assert agent is not None
+    languages, route = [], []
+    for language in LANGUAGES:
+        try:
+            planned = plan(caller, asked=None, language=language)
+        except Exception as e:  # not allowed for this agent, or nowhere to be had
+            if not isinstance(e, NoBackend) and getattr(e, "code", "") != "invalid":
+                raise
+            continue
+        languages.append(language)
+        route = route or planned.aliases
+    live = Sandbox.objects.open().sessions().filter(agent=agent).select_related("agent", "template")
+    return {
+        "agent": agent.name,
+        "languages": languages,
+        "route": route,
+        "isolation": {alias: backends.get(alias).isolation for alias in route},
+        "template": agent.template.name if agent.template else "default",
+        "packages": {"may_install": agent.packages, "how": "install_package, or POST /sessions/{id}/packages"},
+        "network": "off",
+        "timeout_seconds": {"default": agent.timeout_seconds, "max": agent.timeout_max_seconds},
+        "limits": [shape.model_dump(mode="json") for shape in limits(caller=caller)],
+        "sessions": [session_shape(sandbox).model_dump(mode="json") for sandbox in live[:20]],
+    }
+
+
+async def backend_states() -> list[dict[str, Any]]:
+    """Each backend of the installation: whether it is up, its isolation, its walls, what it can do."""
+    states = []
+    for alias in backends.aliases():
+        backend = backends.get(alias)
+        found = await backend.check()
+        states.append(
+            {
+                "alias": alias,
+                "ok": found.ok,
+                "detail": found.detail,
+                "isolation": found.isolation or backend.isolation,
+                "walls": found.walls,
+                "languages": sorted(backend.capabilities.languages),
+                "live_sandboxes": await rows(Sandbox.objects.open().filter(backend=alias).count),
+            }
+        )
+    return states

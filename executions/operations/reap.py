@@ -1,0 +1,170 @@
+"""Making the records true again: after a process died, a lease ended, or a kill was not confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from executions import backends, ledger
+from executions.errors import BackendError
+from executions.hop import rows
+from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
+from executions.operations import run
+from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
+
+E, S = ExecutionState, SandboxState
+log = logging.getLogger(__name__)
+STALE_BEATS = 3
+BOOT_PATIENCE = timedelta(seconds=60)
+_retiring: set[asyncio.Task] = set()
+
+
+def retire_when_killed(sandbox: Sandbox, killing: asyncio.Task) -> None:
+    """Close the row once a kill that is under way is confirmed; if it is not, `reap` asks again."""
+
+    async def finish() -> None:
+        if await killing:
+            await rows(gone, sandbox)
+
+    task = asyncio.create_task(finish())
+    _retiring.add(task)
+    task.add_done_callback(_retiring.discard)
+
+
+async def retire(sandbox: Sandbox, reason: str) -> bool:
+    """End a sandbox: RETIRING, kill, GONE. False while the kill is not confirmed; the row stays RETIRING for `reap`."""
+    if not await rows(begin_retiring, sandbox, reason):
+        return sandbox.state == S.GONE
+    if not await run.kill(sandbox):
+        return False
+    return await rows(gone, sandbox)
+
+
+def begin_retiring(sandbox: Sandbox, reason: str) -> bool:
+    """Move to RETIRING, from where nobody leases it again. False when it has gone meanwhile."""
+    sandbox.refresh_from_db()
+    if sandbox.state == S.RETIRING:
+        return True
+    try:
+        with transaction.atomic(durable=True):
+            sandbox.advance(S.RETIRING, reason=reason, end_reason=reason)
+    except IllegalTransition:
+        sandbox.refresh_from_db()
+        return sandbox.state == S.RETIRING
+    return True
+
+
+@transaction.atomic(durable=True)
+def gone(sandbox: Sandbox) -> bool:
+    """The kill is confirmed: bill the rest, give the reservation back. Idempotent."""
+    sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
+    if sandbox.state == S.GONE:
+        return True
+    now = timezone.now()
+    _, fields = ledger.bill(sandbox, (Usage.IDLE, now), final=True)
+    sandbox.advance(S.GONE, reason=sandbox.end_reason, **fields)
+    return True
+
+
+# Executions whose runner died
+
+
+def find_stale() -> list[Execution]:
+    before = timezone.now() - timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS)
+    stale = Execution.objects.open().filter(heartbeat_at__lt=before)
+    return [e for e in stale.select_related("sandbox", "agent")[:100] if run.running(e.pk) is None]
+
+
+@transaction.atomic(durable=True)
+def close_stale(execution: Execution) -> None:
+    """An execution without a runner: never run twice. Before RUNNING nothing ran, and the caller is told so."""
+    now = timezone.now()
+    if execution.cancel_requested_at:
+        state, code, said = E.CANCELLED, "cancelled", execution.cancel_reason
+    elif execution.state == E.RUNNING:
+        state, code, said = E.ERRORED, "runner_lost", "The process that ran it died; the code may have run in part."
+    else:
+        state, code, said = E.ERRORED, "runner_lost", "The process that was to run it died before any code had run."
+    execution.advance(state, reason=code, error_code=code, error_value=said)
+    Attempt.objects.filter(execution=execution, outcome=AttemptOutcome.OPEN).update(
+        outcome=AttemptOutcome.LOST, code=code, ended_at=now
+    )
+    sandbox = execution.sandbox
+    if sandbox is not None and not sandbox.ended_at:
+        sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
+        if not sandbox.ended_at:
+            first = Usage.IDLE if sandbox.kept else Usage.BOOT
+            price, fields = ledger.bill(
+                sandbox, (first, execution.running_at or now), (Usage.RUN, now), execution=execution
+            )
+            Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
+            Execution.objects.filter(pk=execution.pk).update(cost_nano_usd=price)
+
+
+# Sandboxes whose time is over
+
+
+def find_over() -> list[tuple[Sandbox, str]]:
+    """Open sandboxes that nobody may be using any more, with the reason why. Pending rows are left alone."""
+    now = timezone.now()
+    rows_open = Sandbox.objects.open().select_related("template")
+    found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in rows_open.filter(state=S.RETIRING)[:100]]
+    found += [(s, EndReason.EXPIRED) for s in rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now)[:100]]
+    used = Execution.objects.open().values("sandbox")
+    live = rows_open.filter(leased_until__gte=now).exclude(state=S.RETIRING).exclude(pk__in=used)
+    found += [
+        (s, EndReason.IDLE)
+        for s in live.filter(kept=True, state__in=[S.LEASED, S.PAUSED])[:500]
+        if s.last_used_at + timedelta(seconds=s.idle_timeout_seconds) < now
+    ]
+    abandoned = Q(kept=False, state=S.LEASED) | Q(state=S.BOOTING, created_at__lt=now - BOOT_PATIENCE)
+    found += [(s, EndReason.LOST) for s in live.filter(abandoned)[:100]]
+    return found
+
+
+async def reap() -> int:
+    """One round; returns how many rows were made true."""
+    mended = 0
+    for execution in await rows(find_stale):
+        try:
+            await rows(close_stale, execution)
+            mended += 1
+        except IllegalTransition:
+            continue
+    over = await rows(find_over)
+    for sandbox, reason in over:
+        if await retire(sandbox, reason):
+            mended += 1
+    mended += await kill_orphans()
+    return mended
+
+
+async def kill_orphans() -> int:
+    """End what a backend still has though our row says it is gone. What is not provably ours is never touched."""
+    killed = 0
+    for alias in backends.aliases():
+        backend = backends.get(alias)
+        try:
+            listed = [item for item in await backend.list() if item.sandbox_id.startswith("sbx")]
+        except (BackendError, OSError, TimeoutError):
+            continue
+        ended = await rows(_ended_among, [item.sandbox_id for item in listed])
+        for item in listed:
+            if item.sandbox_id in ended:
+                try:
+                    killed += await backend.kill(item.handle)
+                except (BackendError, OSError, TimeoutError):
+                    log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": alias})
+    return killed
+
+
+def _ended_among(names: list[str]) -> set[str]:
+    ids = [name.replace("sbx", "sbx_", 1) for name in names]
+    ended = Sandbox.objects.filter(pk__in=ids, ended_at__isnull=False).values_list("pk", flat=True)
+    return {pk.replace("_", "") for pk in ended}

@@ -1,0 +1,355 @@
+"""Running an admitted execution: boot, fall back while nothing ran, stream, settle. No transaction is open while code runs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from executions import backends, journal, ledger
+from executions.backends.base import Handle, Limits, SandboxSpec
+from executions.errors import BackendError, BackendUnavailable, NoBackend, Refused, RunTimedOut, SandboxLost, SandgateError
+from executions.hop import rows
+from executions.keys import Caller
+from executions.models import Attempt, Event, Execution, IllegalTransition, Sandbox, Usage
+from executions.operations.submit import next_attempt
+from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
+
+E, S = ExecutionState, SandboxState
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 0.1
+KILL_PATIENCE_SECONDS = 0.02  # a kill confirmed by then is settled in the same transaction as the run
+
+_runs: dict[str, Run] = {}
+
+
+def start(execution: Execution) -> Run:
+    """Begin to run an execution that this process has claimed. It goes on when the caller goes away."""
+    run = _runs[execution.pk] = Run(execution)
+    run.task = asyncio.create_task(run.whole(), name=f"run {execution.pk}")
+    run.task.add_done_callback(lambda _: _runs.pop(execution.pk, None))
+    return run
+
+
+def running(execution_id: str) -> Run | None:
+    """The run of this execution, where it is this process that runs it."""
+    return _runs.get(execution_id)
+
+
+async def drain(patience_seconds: float) -> None:
+    """Wait for what runs here; what has not ended by then is ended as ERRORED (shutdown)."""
+    if tasks := [run.task for run in _runs.values() if run.task]:
+        await asyncio.wait(tasks, timeout=patience_seconds)
+    for run in list(_runs.values()):
+        run.stop(SandboxLost("The server was stopped."))
+    if tasks := [run.task for run in _runs.values() if run.task]:
+        await asyncio.wait(tasks, timeout=2)
+
+
+class Run:
+    """One execution in flight in this process."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self.journal = journal.Journal(execution.pk, output_limit_bytes=Limits().output_bytes)
+        self.events: list[Event] = []  # all that was written, for a caller that waited here
+        self.task: asyncio.Task | None = None
+        self.work: asyncio.Future | None = None  # what a stop interrupts; never a transaction
+        self.stopped_by: BaseException | None = None
+        self.on_said: Any = None  # a coroutine function given every event as it comes (the gateway streams from it)
+
+    def cancel(self) -> None:
+        """Somebody asked for it: stop the code as soon as possible."""
+        self.stop(asyncio.CancelledError("cancel requested"))
+
+    def stop(self, why: BaseException) -> None:
+        self.stopped_by = self.stopped_by or why
+        if self.work is not None:
+            self.work.cancel()
+
+    async def whole(self) -> Execution:
+        """From the claimed row to the settled one; never raises but for a process that is being torn down."""
+        execution = self.execution
+        try:
+            try:
+                handle = await self._boot()
+                await self._converse(handle)
+                verdict = self._verdict()
+            except asyncio.CancelledError:
+                if self.stopped_by is None:
+                    raise
+                verdict = self._stopped()
+            except Exception as e:
+                verdict = self._broken(e)
+            await self._end(*verdict)
+        except IllegalTransition:  # somebody else ended it (reap, another process): theirs is the record
+            log.info("run_overtaken", extra={"execution_id": execution.pk})
+            await rows(execution.refresh_from_db)
+        except Exception:
+            log.exception("run_broke", extra={"execution_id": execution.pk})
+        return execution
+
+    # Boot
+
+    async def _boot(self) -> Handle:
+        """The sandbox, booted where none was live; the next backend of the route where one has none."""
+        execution = self.execution
+        sandbox = execution.sandbox
+        assert sandbox is not None
+        if sandbox.handle is not None:  # a session's: already leased, the execution was admitted as running
+            return sandbox.handle
+        waiting = [a for a in execution.route if a != sandbox.backend]
+        while True:
+            backend = backends.get(sandbox.backend)
+            try:
+                handle = await self._stoppable(backend.create(spec_of(sandbox)))
+                await rows(self._mark_running, sandbox, handle)
+                return handle
+            except BackendUnavailable as e:
+                log.info(
+                    "backend_unavailable",
+                    extra={"execution_id": execution.pk, "sandbox_id": sandbox.pk, "backend": sandbox.backend},
+                )
+                sandbox = await self._fall_back(e, waiting)
+
+    async def _fall_back(self, why: BackendUnavailable, waiting: list[str]) -> Sandbox:
+        failed = self.execution.tried[-1]  # type: ignore[attr-defined]
+        await rows(self._mark_unavailable, failed, why)
+        while waiting:
+            alias = waiting.pop(0)
+            try:
+                return await rows(next_attempt, caller=caller_of(self.execution), execution=self.execution, alias=alias)
+            except Refused as e:
+                log.info("fallback_refused", extra={"execution_id": self.execution.pk, "backend": alias, "code": e.code})
+                why = BackendUnavailable(f"{alias}: {e.detail}")
+        raise NoBackend(f"No backend could provide a sandbox; the last said: {why.detail}")
+
+    @transaction.atomic(durable=True)
+    def _mark_unavailable(self, attempt: Attempt, why: BackendUnavailable) -> None:
+        now = timezone.now()
+        Attempt.objects.filter(pk=attempt.pk).update(
+            outcome=AttemptOutcome.UNAVAILABLE, code=why.code, reason=why.detail[:500], ended_at=now
+        )
+        attempt.outcome, attempt.code, attempt.reason = AttemptOutcome.UNAVAILABLE, why.code, why.detail[:500]
+        sandbox = attempt.sandbox
+        assert sandbox is not None
+        _, fields = ledger.bill(sandbox, final=True)  # nothing exists there, nothing is owed
+        sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
+
+    @transaction.atomic(durable=True)
+    def _mark_running(self, sandbox: Sandbox, handle: Handle) -> None:
+        """From here on the code may have run: no fallback any more."""
+        now = timezone.now()
+        isolation = backends.get(sandbox.backend).isolation
+        sandbox.advance(S.LEASED, handle=handle, ready_at=now, isolation=isolation)
+        self.execution.advance(E.RUNNING, running_at=now, heartbeat_at=now)
+
+    # Converse
+
+    async def _converse(self, handle: Handle) -> None:
+        ended = asyncio.Event()
+        pulse = asyncio.create_task(self._pulse(ended))
+        try:
+            await self._stoppable(self._talk(handle))
+        finally:
+            ended.set()
+            await asyncio.wait({pulse})
+        pulse.result()  # what could not be written ends the run as ERRORED
+
+    async def _stoppable(self, work: Coroutine) -> Any:
+        """Wait for work that a stop interrupts; the work is waited for all the same, so that the remote side was told."""
+        if self.stopped_by is not None:
+            work.close()
+            raise asyncio.CancelledError
+        self.work = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({self.work})
+            return self.work.result()
+        finally:
+            self.work = None
+
+    async def _talk(self, handle: Handle) -> None:
+        execution = self.execution
+        backend = backends.get(execution.backend)
+        for path, content in execution.files.items():
+            await backend.write_file(handle, path, base64.b64decode(content))
+        options: dict[str, Any] = {"env": execution.env or None, "timeout_seconds": execution.timeout_seconds}
+        if execution.command:
+            said = backend.run_command(handle, execution.code, **options)
+        else:
+            options |= {"language": execution.language, "context_id": execution.context or None}
+            said = backend.run_code(handle, execution.code, **options)
+        async with aclosing(said) as events:  # type: ignore[type-var]
+            async for event in events:
+                self.journal.hear(event)
+                if self.on_said is not None:
+                    await self.on_said(event)
+
+    async def _pulse(self, ended: asyncio.Event) -> None:
+        """While the code runs: write what it said every 100 ms, show a sign of life, look for a cancel."""
+        beat = time.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await ended.wait()
+                return
+            except TimeoutError:
+                pass
+            batch, due = self.journal.take(), time.monotonic() - beat >= 1
+            if not batch and not due:
+                continue
+            beat = time.monotonic() if due else beat
+            try:
+                cancelled = await rows(self._write, batch, due)
+            except Exception as e:
+                self.stop(e)
+                raise
+            self.events += batch
+            if batch:
+                await journal.ring(self.execution.pk)
+            if cancelled:
+                self.cancel()
+
+    def _write(self, batch: list[Event], look: bool) -> bool:
+        with transaction.atomic(durable=True):
+            journal.write(batch)
+            mine = Execution.objects.filter(pk=self.execution.pk)
+            if not look:
+                return False
+            mine.update(heartbeat_at=timezone.now())
+        return mine.filter(cancel_requested_at__isnull=False).exists()
+
+    # End
+
+    def _verdict(self) -> tuple[str, dict[str, Any], str]:
+        """(state, columns, outcome of the attempt) of a run that ended by itself."""
+        error, exit_code = self.journal.error, self.journal.exit_code
+        if exit_code:
+            return E.FAILED, {"error_name": "ExitCode", "error_value": str(exit_code)}, AttemptOutcome.RAN
+        if error:
+            facts = {"error_name": str(error["name"])[:200], "error_value": str(error["value"])[:10_000]}
+            return E.FAILED, facts, AttemptOutcome.RAN
+        return E.SUCCEEDED, {}, AttemptOutcome.RAN
+
+    def _stopped(self) -> tuple[str, dict[str, Any], str]:
+        if isinstance(self.stopped_by, Exception):
+            return self._broken(self.stopped_by)
+        return E.CANCELLED, {"error_code": "cancelled", "error_value": self.execution.cancel_reason}, AttemptOutcome.RAN
+
+    def _broken(self, e: BaseException) -> tuple[str, dict[str, Any], str]:
+        match e:
+            case RunTimedOut():
+                said = f"Stopped after {self.execution.timeout_seconds} s."
+                return E.TIMED_OUT, {"error_code": e.code, "error_value": said}, AttemptOutcome.RAN
+            case BackendError(theirs=True):  # e.g. a path that cannot be written, a context that is not there
+                return E.FAILED if self._ran else E.ERRORED, {"error_code": e.code, "error_value": e.detail}, AttemptOutcome.RAN
+            case SandgateError():
+                outcome = AttemptOutcome.LOST if isinstance(e, SandboxLost) else AttemptOutcome.UNAVAILABLE
+                return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
+        log.error("run_failed", exc_info=e, extra={"execution_id": self.execution.pk})
+        return E.ERRORED, {"error_code": "internal", "error_value": type(e).__name__}, AttemptOutcome.LOST
+
+    @property
+    def _ran(self) -> bool:
+        return self.execution.state == E.RUNNING
+
+    async def _end(self, state: str, columns: dict[str, Any], outcome: str) -> None:
+        sandbox = self.execution.sandbox
+        assert sandbox is not None
+        lost = columns.get("error_code") == "sandbox_lost"
+        ends = not sandbox.kept or lost
+        ended_at = timezone.now()
+        killing = asyncio.create_task(kill(sandbox)) if ends and not sandbox.ended_at else None
+        if killing:
+            await asyncio.wait({killing}, timeout=KILL_PATIENCE_SECONDS)
+        gone = killing is not None and killing.done() and killing.result()
+        reason = EndReason.LOST if lost else EndReason.FINISHED
+        await rows(self._settle, state, columns, outcome, ended_at, reason if killing else "", gone)
+        await journal.ring(self.execution.pk)
+        if killing and not gone:
+            from executions.operations.reap import retire_when_killed
+
+            retire_when_killed(sandbox, killing)
+
+    @transaction.atomic(durable=True)
+    def _settle(self, state: str, columns: dict, outcome: str, ended_at: Any, end_reason: str, gone: bool) -> None:
+        """The last batch, the usage, the money, the terminal state and the sandbox's next one: all of it or nothing."""
+        execution, sandbox = self.execution, self.execution.sandbox
+        assert sandbox is not None
+        batch = self.journal.take()
+        journal.write(batch)
+        self.events += batch
+        price = 0
+        if not sandbox.ended_at:
+            if sandbox.kept:
+                sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
+            began = execution.running_at or ended_at
+            first = Usage.IDLE if sandbox.kept else Usage.BOOT
+            price, fields = ledger.bill(
+                sandbox, (first, began), (Usage.RUN, ended_at), execution=execution, final=gone and not sandbox.kept
+            )
+            fields["last_used_at"] = ended_at
+            if end_reason:
+                path = (S.RETIRING, S.GONE) if gone else (S.RETIRING,)
+                sandbox.advance(*path, reason=end_reason, end_reason=end_reason, **fields)
+            else:
+                Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
+            execution.sandbox = sandbox
+        j = self.journal
+        execution.advance(
+            state,
+            ended_at=ended_at,
+            cost_nano_usd=price,
+            execution_count=j.execution_count,
+            cpu_us=j.cpu_us,
+            peak_memory_bytes=j.peak_memory_bytes,
+            output_bytes=j.output_bytes,
+            reason=columns.get("error_code", ""),
+            **columns,
+        )
+        tried = execution.tried[-1]  # type: ignore[attr-defined]
+        if tried.outcome == AttemptOutcome.OPEN:
+            tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
+            Attempt.objects.filter(pk=tried.pk).update(outcome=outcome, code=tried.code, ended_at=ended_at)
+
+
+async def kill(sandbox: Sandbox) -> bool:
+    """Ask the backend to end the sandbox; False when it did not confirm."""
+    backend = backends.get(sandbox.backend)
+    try:
+        if sandbox.handle is None:
+            return await backend.kill_by_id(sandbox.provider_name)
+        return await backend.kill(sandbox.handle)
+    except (BackendError, OSError, TimeoutError) as e:
+        log.warning("kill_unconfirmed", extra={"sandbox_id": sandbox.pk, "error": str(e)})
+        return False
+
+
+def spec_of(sandbox: Sandbox) -> SandboxSpec:
+    """What the backend is asked to make for this row."""
+    template = sandbox.template
+    backend = backends.get(sandbox.backend)
+    return SandboxSpec(
+        sandbox_id=sandbox.provider_name,
+        template=backend.template_name(template.name, template.e2b_template),
+        timeout_seconds=max(1, int((sandbox.leased_until - timezone.now()).total_seconds())),
+        limits=Limits(memory_mib=sandbox.memory_mib, cpu_count=sandbox.cpu_count, disk_mib=template.disk_mib),
+        env={**template.env, **sandbox.env},
+        metadata={"sandgate_sandbox": sandbox.pk, "sandgate_agent": sandbox.agent_id},
+    )
+
+
+def caller_of(execution: Execution) -> Caller:
+    """Who asked for it, for what is admitted on its behalf later."""
+    return Caller(team=execution.team, agent=execution.agent, key=execution.key, person=execution.actor, door=execution.door)
+
+
+__all__ = ["Run", "drain", "kill", "running", "spec_of", "start"]

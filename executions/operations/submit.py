@@ -1,0 +1,244 @@
+"""Admission: one transaction in which a request is checked, paid for, and becomes rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from typing import Any
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import F
+from django.utils import timezone
+
+from executions import pool, quotas, routes
+from executions.errors import Invalid, KeyReused, NotFound, Refused, SessionGone
+from executions.keys import Caller
+from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template
+from executions.serializers import Submission
+from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope
+
+E = ExecutionState
+INTERPRETERS = {"python": "python3 -u", "bash": "bash", "javascript": "node", "r": "Rscript"}
+
+
+def submit(*, caller: Caller, request: Submission, idempotency_key: str | None = None) -> Execution:
+    """Admit one execution: quotas and money taken, sandbox claimed or intended, rows inserted, or nothing at all.
+
+    The execution comes back claimed by this process: pass it to `start`, unless `replayed` is set on it, which means
+    that the same request was admitted before. Raises Refused; the refusal is stored.
+    """
+    caller.needs(Scope.RUN)
+    caller = caller.acting_as(request.agent)
+    try:
+        try:
+            return _admit(caller, request, idempotency_key)
+        except TwinAdmitted:
+            return _admit(caller, request, idempotency_key)
+    except Refused as refusal:
+        record_refusal(caller, refusal)
+        raise
+
+
+@transaction.atomic(durable=True)
+def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> Execution:
+    agent = caller.agent
+    assert agent is not None
+    fingerprint = ""
+    if idempotency_key:
+        fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        if earlier := replay(agent, idempotency_key, fingerprint):
+            return earlier
+    timeout = request.timeout_seconds or agent.timeout_seconds
+    most = min(agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS)
+    if timeout > most:
+        raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
+    quotas.take(caller, executions=1, sandboxes=0 if request.session_id else 1)
+    is_command = request.script_path is not None
+    if request.session_id:
+        sandbox = claim_session(caller, request.session_id)
+        route = routes.plan(caller, asked=[sandbox.backend], language=request.language, commands=is_command)
+        left = int((sandbox.leased_until - timezone.now()).total_seconds())
+        timeout = max(1, min(timeout, left))
+        path = (E.QUEUED, E.STARTING, E.RUNNING)
+    else:
+        route = routes.plan(caller, asked=request.route, language=request.language, commands=is_command)
+        template = find_template(agent, request.template)
+        sandbox = pool.intend(caller, alias=route.aliases[0], template=template, seconds=timeout, env=template.env)
+        path = (E.QUEUED, E.STARTING)
+    now = timezone.now()
+    code = _command_line(request) if is_command else request.code or ""
+    execution = Execution.born(
+        *path,
+        team=caller.team,
+        agent=agent,
+        key=caller.key,
+        actor=caller.person,
+        sandbox=sandbox,
+        language=request.language,
+        code=code,
+        code_sha256=hashlib.sha256(code.encode(errors="surrogatepass")).hexdigest(),
+        command=is_command,
+        context=request.context_id or "",
+        env=request.env,
+        files=request.files,
+        timeout_seconds=timeout,
+        route=route.aliases,
+        backend=sandbox.backend,
+        cancel_on_disconnect=request.cancel_on_disconnect,
+        user=request.user,
+        workflow=request.workflow,
+        step=request.step,
+        parent=_parent(caller, request.parent),
+        metadata=request.metadata,
+        door=caller.door,
+        ip=caller.ip,
+        request_id=caller.request_id,
+        trace_id=caller.trace_id,
+        created_at=now,
+        started_at=now,
+        running_at=now if E.RUNNING in path else None,
+        heartbeat_at=now,
+    )
+    attempts = [
+        Attempt(execution=execution, number=n, backend=alias, outcome=AttemptOutcome.SKIPPED, reason=why[:500])
+        for n, (alias, why) in enumerate(route.skipped, start=1)
+    ]
+    attempts.append(
+        Attempt(execution=execution, number=len(attempts) + 1, backend=sandbox.backend, sandbox=sandbox, started_at=now)
+    )
+    Attempt.objects.bulk_create(attempts)
+    execution.tried = attempts  # type: ignore[attr-defined]
+    if idempotency_key:
+        remember(agent, idempotency_key, fingerprint, execution=execution)
+    execution.replayed = False  # type: ignore[attr-defined]
+    return execution
+
+
+def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox:
+    """The intent to boot on the next backend of the route, after one could not provide a sandbox. Raises Refused."""
+    with transaction.atomic(durable=True):
+        old = execution.sandbox
+        assert old is not None
+        sandbox = pool.intend(
+            caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env
+        )
+        Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
+        attempt = Attempt.objects.create(
+            execution=execution, number=len(execution.tried) + 1, backend=alias, sandbox=sandbox  # type: ignore[attr-defined]
+        )
+        execution.tried.append(attempt)  # type: ignore[attr-defined]
+    execution.sandbox, execution.backend = sandbox, alias
+    return sandbox
+
+
+def claim_session(caller: Caller, session_id: str) -> Sandbox:
+    """The caller's live session, touched, so that it does not end idle under the run. NotFound, SessionGone."""
+    sandbox = find_session(caller, session_id)
+    if sandbox.ended_at or sandbox.state == SandboxState.RETIRING:
+        ended = f"{sandbox.ended_at:%H:%M} UTC" if sandbox.ended_at else "just now"
+        raise SessionGone(f"The session ended {ended} ({sandbox.end_reason or 'finished'}).", session_id=session_id)
+    now = timezone.now()
+    if sandbox.leased_until <= now:
+        raise SessionGone("The session has reached its end.", session_id=session_id)
+    Sandbox.objects.filter(pk=sandbox.pk).update(last_used_at=now)
+    return sandbox
+
+
+def find_session(caller: Caller, session_id: str) -> Sandbox:
+    """A session of the caller's team, and of their agent when they have one. Another's is not found."""
+    sandbox = Sandbox.objects.select_related("agent", "template").filter(id=session_id, team=caller.team, kept=True).first()
+    if sandbox is None or (caller.key is not None and caller.key.agent_id not in (None, sandbox.agent_id)):
+        raise NotFound(f"There is no session {session_id}.", field="session_id")
+    return sandbox
+
+
+def find_template(agent: Agent, name: str | None) -> Template:
+    """The template of that name, else the agent's, else "default". Raises Invalid."""
+    if name is None and agent.template is not None:
+        return agent.template
+    found = Template.objects.filter(name=name or "default", is_active=True).first()
+    if found is None:
+        known = ", ".join(Template.objects.filter(is_active=True).values_list("name", flat=True))
+        raise Invalid(f"There is no template {name or 'default'!r}; there are: {known or 'none'}.", field="template")
+    return found
+
+
+def _parent(caller: Caller, parent_id: str | None) -> Execution | None:
+    if parent_id is None:
+        return None
+    parent = Execution.objects.filter(id=parent_id, team=caller.team).first()
+    if parent is None:
+        raise Invalid(f"There is no execution {parent_id}.", field="parent")
+    return parent
+
+
+def _command_line(request: Submission) -> str:
+    """A script as one line for bash; every word is quoted."""
+    interpreter = INTERPRETERS.get(request.language)
+    if interpreter is None:
+        raise Invalid(f"Scripts in {request.language} cannot be run; send code.", field="language")
+    assert request.script_path is not None
+    if "\x00" in request.script_path or any("\x00" in a for a in request.args):
+        raise Invalid("script_path: a NUL cannot be part of a path.", field="script_path")
+    path = request.script_path if "/" in request.script_path else f"./{request.script_path}"  # never an option
+    return shlex.join([*interpreter.split(), path, *request.args])
+
+
+# Idempotency: the row is inserted with what it promises, in one transaction.
+
+
+def replay(agent: Agent, token: str, fingerprint: str) -> Any:
+    """What was admitted under this token before, marked as `replayed`; None for a new one. Raises KeyReused."""
+    record = (
+        IdempotencyRecord.objects.select_related("execution__sandbox__template", "execution__agent", "sandbox__agent", "sandbox__template")
+        .filter(agent=agent, token=token)
+        .first()
+    )
+    if record is None:
+        return None
+    if record.fingerprint != fingerprint:
+        raise KeyReused
+    row = record.execution or record.sandbox
+    row.replayed = True
+    return row
+
+
+def remember(agent: Agent, token: str, fingerprint: str, **row: Any) -> None:
+    if len(token) > 255 or not token.isprintable():
+        raise Invalid("Idempotency-Key: at most 255 printable characters.", field="Idempotency-Key")
+    try:
+        with transaction.atomic():
+            IdempotencyRecord.objects.create(agent=agent, token=token, fingerprint=fingerprint, **row)
+    except IntegrityError:  # its twin was admitted between our look and now: undo everything, answer as the twin
+        raise TwinAdmitted from None
+
+
+class TwinAdmitted(Exception):
+    """The same Idempotency-Key was admitted by another process a moment ago."""
+
+
+def record_refusal(caller: Caller, refusal: Refused) -> None:
+    """Keep a denied admission, repeats within the hour as a count."""
+    now = timezone.now()
+    who = (caller.team.pk, caller.agent and caller.agent.pk, caller.key and caller.key.pk, caller.person and caller.person.pk)
+    roll = hashlib.sha256(json.dumps([*who, refusal.code, now.strftime("%Y%m%d%H")]).encode()).hexdigest()
+    row, fresh = Refusal.objects.get_or_create(
+        roll=roll,
+        defaults={
+            "team": caller.team,
+            "agent": caller.agent,
+            "key": caller.key,
+            "actor": caller.person,
+            "code": refusal.code,
+            "detail": refusal.detail[:500],
+            "facts": refusal.facts,
+            "first_at": now,
+            "last_at": now,
+        },
+    )
+    if not fresh:
+        Refusal.objects.filter(pk=row.pk).update(
+            times=F("times") + 1, last_at=now, detail=refusal.detail[:500], facts=refusal.facts
+        )

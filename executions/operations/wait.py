@@ -1,0 +1,81 @@
+"""What a door that waits calls: admit, run, and look at the end, wherever the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from executions import journal
+from executions.hop import rows
+from executions.keys import Caller
+from executions.models import Execution
+from executions.operations.cancel import request_cancel
+from executions.operations.run import running, start
+from executions.operations.submit import submit
+from executions.serializers import ExecutionShape, Submission, execution_shape
+
+
+async def execute(
+    *,
+    caller: Caller | Callable[[], tuple[Caller, Submission]],
+    request: Submission | None = None,
+    idempotency_key: str | None = None,
+    wait_seconds: float | None = None,
+) -> ExecutionShape:
+    """Admit and run; returns its shape at the end, or as it stands after `wait_seconds` (None: until the end).
+
+    `caller` may be a function that authenticates and parses, so that both happen on the same hop as the admission.
+    The run goes on when the waiting task is cancelled, unless the request asked for `cancel_on_disconnect`.
+    """
+
+    def admit() -> Execution:
+        who, what = caller() if callable(caller) else (caller, request)
+        assert what is not None
+        return submit(caller=who, request=what, idempotency_key=idempotency_key)
+
+    execution = await rows(admit)
+    if execution.replayed:  # type: ignore[attr-defined]
+        return await wait(execution, wait_seconds)
+    run = start(execution)
+    assert run.task is not None
+    try:
+        await asyncio.wait({run.task}, timeout=wait_seconds)
+    except asyncio.CancelledError:
+        if execution.cancel_on_disconnect:
+            await rows(request_cancel, execution=execution, reason="the caller went away")
+            run.cancel()
+        raise
+    if run.task.done() and not execution.is_open:
+        return execution_shape(execution, events=run.events, attempts=execution.tried)  # type: ignore[attr-defined]
+    return await rows(_shape, execution.pk)
+
+
+async def wait(execution: Execution, wait_seconds: float | None) -> ExecutionShape:
+    """Its shape at the end, or after `wait_seconds`, also when another process runs it."""
+    ends = None if wait_seconds is None else time.monotonic() + wait_seconds
+    while execution.is_open and (ends is None or time.monotonic() < ends):
+        if here := running(execution.pk):
+            left = None if ends is None else max(0, ends - time.monotonic())
+            assert here.task is not None
+            await asyncio.wait({here.task}, timeout=left)
+        else:
+            left = 1.0 if ends is None else min(1.0, max(0.01, ends - time.monotonic()))
+            async with journal.Doorbell(execution.pk) as bell:
+                await bell.wait(left)
+        await rows(execution.refresh_from_db)
+    return await rows(_shape, execution.pk)
+
+
+def _shape(execution_id: str) -> ExecutionShape:
+    found = Execution.objects.select_related("sandbox", "agent", "actor").get(pk=execution_id)
+    return execution_shape(found)
+
+
+async def cancel(*, execution: Execution, caller: Caller | None = None, reason: str = "") -> bool:
+    """Ask for the end of a run; at once where this process runs it. False when it has already ended."""
+    asked = await rows(request_cancel, execution=execution, caller=caller, reason=reason)
+    if asked and (here := running(execution.pk)):
+        here.cancel()
+    return asked
+

@@ -1,0 +1,43 @@
+"""Sandboxes for admissions: the intent to boot one, inserted before any backend is asked."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from django.utils import timezone
+
+from executions import backends, costs, ledger, quotas
+from executions.keys import Caller
+from executions.models import Sandbox, Template
+from executions.states import SandboxState
+
+MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provider's timeout includes it
+
+
+def intend(caller: Caller, *, alias: str, template: Template, seconds: int, **fields) -> Sandbox:
+    """Reserve the worst case and insert a BOOTING row for it. Raises BudgetExhausted. Call it in the verb's transaction."""
+    now = timezone.now()
+    seconds += MARGIN_SECONDS
+    rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=template.memory_mib, at=now)
+    fits = f"One second costs {costs.usd(rate)}; {MARGIN_SECONDS} s are added for boot and settling."
+    budgets = quotas.take(caller, nano_usd=rate * seconds, fits=fits)
+    sandbox = Sandbox.born(
+        SandboxState.BOOTING,
+        team=caller.team,
+        agent=caller.agent,
+        key=caller.key,
+        actor=caller.person,
+        template=template,
+        backend=alias,
+        isolation=backends.get(alias).isolation,
+        cpu_count=template.cpu_count,
+        memory_mib=template.memory_mib,
+        rate_nano_usd_per_second=rate,
+        reserved_nano_usd=rate * seconds,
+        reserved_on=budgets,
+        leased_until=now + timedelta(seconds=seconds),
+        created_at=now,
+        **fields,
+    )
+    ledger.record_reservation(sandbox, rate * seconds)
+    return sandbox

@@ -1,0 +1,67 @@
+"""Where a request may run: the backends of its route, in order, and why others are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from django.conf import settings
+
+from executions import backends
+from executions.errors import Invalid, NoBackend
+from executions.keys import Caller
+from executions.states import ISOLATION, LANGUAGES
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The aliases to try, first one first, and (alias, sentence) for each that was left out."""
+
+    aliases: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def plan(caller: Caller, *, asked: list[str] | None, language: str, commands: bool = False) -> Route:
+    """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
+    agent = caller.agent
+    assert agent is not None
+    if language not in LANGUAGES:
+        raise Invalid(
+            f"{language!r} is not a language here; there are {', '.join(LANGUAGES)}.", field="language"
+        )
+    if agent.languages and language not in agent.languages:
+        raise Invalid(f"Agent {agent.name} may use {', '.join(agent.languages)}.", field="language")
+    bound = caller.key.backend if caller.key is not None else ""
+    for alias in asked or []:
+        if alias not in settings.SANDBOXES:
+            known = ", ".join(backends.aliases())
+            raise Invalid(f"There is no backend {alias!r}; there are {known}.", field="route")
+    wanted = [bound] if bound else asked or agent.route or _default()
+    route = Route([])
+    for alias in wanted:
+        why = _unfit(alias, language, commands, agent.isolation_floor)
+        if why:
+            route.skipped.append((alias, why))
+        else:
+            route.aliases.append(alias)
+    if not route.aliases:
+        said = "; ".join(f"{alias}: {why}" for alias, why in route.skipped) or "the route is empty"
+        raise NoBackend(f"No backend can take this: {said}.", skipped=[list(s) for s in route.skipped])
+    return route
+
+
+def _default() -> list[str]:
+    """Every configured backend in order, but for the simulated ones: those are asked for by name."""
+    return [alias for alias in backends.aliases() if backends.get(alias).isolation != "simulated"]
+
+
+def _unfit(alias: str, language: str, commands: bool, floor: str) -> str:
+    if alias not in settings.SANDBOXES:
+        return "is not configured"
+    backend = backends.get(alias)
+    if language not in backend.capabilities.languages:
+        return f"has no {language}"
+    if commands and not backend.capabilities.commands:
+        return "runs no commands"
+    if ISOLATION.index(backend.isolation) < ISOLATION.index(floor):
+        return f"its isolation ({backend.isolation}) is below the agent's floor ({floor})"
+    return ""

@@ -1,0 +1,411 @@
+"""One noun, one shape: what REST, the websocket and MCP all send, and what they accept."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+from django.conf import settings
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+from executions.errors import Invalid, TooLarge
+from executions.models import Artifact, Event, Execution, Package, Sandbox, Template
+from executions.states import EventKind
+
+NameValue = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]]
+Short = Annotated[str, Field(max_length=100)]
+
+
+class Accepted(BaseModel):
+    """What a caller may send; a field that is not known is refused by name."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False)
+
+
+class Submission(Accepted):
+    """One execution that is asked for."""
+
+    code: str | None = Field(None, description="What to run: one cell. Up to 1 MB.")
+    script_path: str | None = Field(None, description="Instead of code: a file that is in the session's sandbox.", max_length=4096)
+    args: list[str] = Field([], description="Arguments of the script.", max_length=256)
+    language: str = Field("python", description="python, bash, javascript, typescript, r or java, as the backend has them.", max_length=20)
+    template: Short | None = Field(None, description="What a fresh sandbox is made from.")
+    agent: Short | None = Field(None, description="Which agent runs it; only a team's key needs to say.")
+    route: list[Short] | None = Field(None, description="Backend aliases in order, instead of the agent's own route.", max_length=8)
+    session_id: str | None = Field(None, description="The session to run in. Left out: a fresh sandbox, gone afterwards.", max_length=40)
+    context_id: str | None = Field(None, description="A context of the session; left out: the language's default one.", max_length=64)
+    files: dict[str, str] = Field({}, description="Files to write first: path to base64.", max_length=64)
+    env: NameValue = Field({}, description="Environment variables of this run only.")
+    timeout_seconds: int | None = Field(None, ge=1, description="Wall time; left out: the agent's default.")
+    cancel_on_disconnect: bool = Field(False, description="Stop the run when the waiting caller goes away.")
+    user: str = Field("", description="Your own end user, for records and costs.", max_length=200)
+    workflow: Short = ""
+    step: Short = ""
+    parent: str | None = Field(None, description="The execution that this one belongs to.", max_length=40)
+    metadata: dict[str, str] = Field({}, max_length=32)
+
+    @field_validator("code")
+    @classmethod
+    def code_fits(cls, code: str | None) -> str | None:
+        if code is not None and len(code.encode(errors="surrogatepass")) > settings.CODE_MAX_BYTES:
+            raise TooLarge(f"The code has more than {settings.CODE_MAX_BYTES:,} bytes.", field="code")
+        return code
+
+    @field_validator("files")
+    @classmethod
+    def files_are_base64(cls, files: dict[str, str]) -> dict[str, str]:
+        for path, content in files.items():
+            try:
+                base64.b64decode(content, validate=True)
+            except (binascii.Error, ValueError) as e:
+                raise ValueError(f"the content of {path!r} is not base64") from e
+        return files
+
+    @model_validator(mode="after")
+    def one_thing_to_run(self) -> Submission:
+        if (self.code is None) == (self.script_path is None):
+            raise ValueError("send either code or script_path")
+        if self.code is not None and not self.code.strip():
+            raise ValueError("code is empty")
+        if self.script_path is not None and self.session_id is None:
+            raise ValueError("script_path names a file in a session: session_id is missing")
+        return self
+
+
+class SessionRequest(Accepted):
+    """A sandbox that is to be kept."""
+
+    template: Short | None = None
+    agent: Short | None = None
+    route: list[Short] | None = Field(None, max_length=8)
+    name: Short = ""
+    timeout_seconds: int = Field(1800, ge=10, le=86_400, description="Its absolute end, from now.")
+    idle_timeout_seconds: int = Field(600, ge=10, le=86_400, description="It ends when nothing has run for so long.")
+    env: NameValue = {}
+    metadata: dict[str, str] = Field({}, max_length=32)
+
+
+class CancelRequest(Accepted):
+    reason: str = Field("", max_length=200)
+
+
+class InstallRequest(Accepted):
+    packages: list[Annotated[str, Field(max_length=200)]] = Field(min_length=1, max_length=50)
+
+
+A = TypeVar("A", bound=Accepted)
+
+
+def parse(kind: type[A], data: Any) -> A:
+    """The request as an object. Raises Invalid with the field's name."""
+    if not isinstance(data, dict):
+        raise Invalid("The body must be a JSON object.", field="body")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "[key]") or _named(first["msg"], kind)
+        message = first["msg"].removeprefix("Value error, ")
+        raise Invalid(f"{field}: {message[:1].lower()}{message[1:]}.", field=field) from None
+
+
+def _named(message: str, kind: type[Accepted]) -> str:
+    return next((name for name in kind.model_fields if name in message), "body")
+
+
+class Logs(BaseModel):
+    stdout: str = ""
+    stderr: str = ""
+
+
+class CodeError(BaseModel):
+    """What the code raised."""
+
+    name: str
+    value: str
+    traceback: str
+
+
+class AttemptShape(BaseModel):
+    number: int
+    backend: str
+    outcome: str
+    code: str
+    reason: str
+
+
+class UsageShape(BaseModel):
+    """Seconds of wall time by phase, and what was measured outside the sandbox."""
+
+    queue_seconds: float | None = None
+    start_seconds: float | None = None
+    run_seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    output_bytes: int = 0
+
+
+class ExecutionShape(BaseModel):
+    """One execution, as every door shows it."""
+
+    id: str
+    state: str
+    language: str
+    code: str
+    results: list[dict[str, Any]] = Field([], description="MIME bundles, in order; the cell's value has main=true in `mains`.")
+    mains: list[bool] = []
+    logs: Logs = Logs()
+    error: CodeError | None = None
+    truncated: bool = False
+    execution_count: int | None = None
+    attempts: list[AttemptShape] = []
+    backend: str = ""
+    isolation: str = ""
+    sandbox_id: str | None = None
+    session_id: str | None = None
+    timeout_seconds: int
+    usage: UsageShape
+    cost_usd: str = Field(description="Dollars as a decimal string; empty while it runs.")
+    cost_nano_usd: int | None = None
+    error_code: str = Field("", description="A code of ours when the run did not end by itself.")
+    detail: str = ""
+    agent: str
+    key_id: str | None = None
+    actor: str | None = None
+    user: str = ""
+    workflow: str = ""
+    step: str = ""
+    parent: str | None = None
+    metadata: dict[str, Any] = {}
+    door: str = ""
+    request_id: str = ""
+    code_sha256: str = ""
+    last_seq: int = 0
+    created_at: datetime
+    started_at: datetime | None = None
+    running_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+class SessionShape(BaseModel):
+    id: str
+    state: str
+    name: str
+    agent: str
+    template: str
+    backend: str
+    isolation: str
+    end_at: datetime
+    idle_timeout_seconds: int
+    end_reason: str
+    reserved_usd: str
+    cost_usd: str
+    metadata: dict[str, Any]
+    created_at: datetime
+    last_used_at: datetime
+    ended_at: datetime | None
+
+
+class FileShape(BaseModel):
+    name: str
+    path: str
+    type: str
+    size_bytes: int
+    modified_at: str
+
+
+class EventShape(BaseModel):
+    seq: int
+    kind: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class PackageShape(BaseModel):
+    name: str
+    version: str
+    sha256: str
+    size_bytes: int | None
+    verdict: str
+    reason: str
+    requested: bool
+
+
+class TemplateShape(BaseModel):
+    name: str
+    description: str
+    languages: list[str]
+    cpu_count: int
+    memory_mib: int
+    disk_mib: int
+
+
+class LimitShape(BaseModel):
+    """One ceiling; nano-dollars where the unit is nano_usd."""
+
+    scope: str
+    unit: str
+    window: str
+    limit: int
+    used: int
+    reserved: int
+    remaining: int
+    remaining_usd: str = ""
+    resets_at: datetime | None = None
+
+
+class ArtifactShape(BaseModel):
+    id: str
+    name: str
+    mime: str
+    size_bytes: int
+    sha256: str
+    created_at: datetime
+
+
+def _seconds(start: datetime | None, end: datetime | None) -> float | None:
+    return round((end - start).total_seconds(), 6) if start and end else None
+
+
+def dollars(nano_usd: int | None) -> str:
+    """An exact decimal string of dollars, without exponent; empty where unknown."""
+    return "" if nano_usd is None else f"{nano_usd / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
+
+
+def execution_shape(execution: Execution, *, events: list[Event] | None = None, attempts: list | None = None) -> ExecutionShape:
+    """The whole of an execution. `events` and `attempts` spare the queries where the caller has them."""
+    if events is None:
+        events = list(execution.events.order_by("seq"))
+    if attempts is None:
+        attempts = list(execution.attempts.all())
+    shape = execution_head(execution)
+    stdout, stderr = [], []
+    for event in events:
+        match event.kind:
+            case EventKind.STDOUT:
+                stdout.append(event.data["text"])
+            case EventKind.STDERR:
+                stderr.append(event.data["text"])
+            case EventKind.RESULT:
+                shape.results.append(event.data["mime"])
+                shape.mains.append(bool(event.data.get("main")))
+            case EventKind.ERROR:
+                shape.error = CodeError(**event.data)
+            case EventKind.TRUNCATED:
+                shape.truncated = True
+        shape.last_seq = event.seq
+    shape.logs = Logs(stdout="".join(stdout), stderr="".join(stderr))
+    shape.attempts = [
+        AttemptShape(number=a.number, backend=a.backend, outcome=a.outcome, code=a.code, reason=a.reason) for a in attempts
+    ]
+    return shape
+
+
+def execution_head(execution: Execution) -> ExecutionShape:
+    """An execution without its journal: what lists show."""
+    sandbox = execution.sandbox
+    return ExecutionShape(
+        id=execution.id,
+        state=execution.state,
+        language=execution.language,
+        code=execution.code,
+        results=[],
+        mains=[],
+        execution_count=execution.execution_count,
+        backend=execution.backend,
+        isolation=sandbox.isolation if sandbox else "",
+        sandbox_id=execution.sandbox_id,
+        session_id=execution.sandbox_id if sandbox and sandbox.kept else None,
+        timeout_seconds=execution.timeout_seconds,
+        usage=UsageShape(
+            queue_seconds=_seconds(execution.created_at, execution.started_at),
+            start_seconds=_seconds(execution.started_at, execution.running_at),
+            run_seconds=_seconds(execution.running_at, execution.ended_at),
+            cpu_seconds=None if execution.cpu_us is None else execution.cpu_us / 1_000_000,
+            peak_memory_bytes=execution.peak_memory_bytes,
+            output_bytes=execution.output_bytes,
+        ),
+        cost_usd=dollars(execution.cost_nano_usd),
+        cost_nano_usd=execution.cost_nano_usd,
+        error_code=execution.error_code,
+        detail=execution.error_value if execution.error_code else "",
+        agent=execution.agent.name,
+        key_id=execution.key_id,
+        actor=str(execution.actor) if execution.actor_id else None,
+        user=execution.user,
+        workflow=execution.workflow,
+        step=execution.step,
+        parent=execution.parent_id,
+        metadata=execution.metadata,
+        door=execution.door,
+        request_id=execution.request_id,
+        code_sha256=execution.code_sha256,
+        created_at=execution.created_at,
+        started_at=execution.started_at,
+        running_at=execution.running_at,
+        ended_at=execution.ended_at,
+    )
+
+
+def session_shape(sandbox: Sandbox) -> SessionShape:
+    return SessionShape(
+        id=sandbox.id,
+        state=sandbox.state,
+        name=sandbox.name,
+        agent=sandbox.agent.name,
+        template=sandbox.template.name,
+        backend=sandbox.backend,
+        isolation=sandbox.isolation,
+        end_at=sandbox.leased_until,
+        idle_timeout_seconds=sandbox.idle_timeout_seconds,
+        end_reason=sandbox.end_reason,
+        reserved_usd=dollars(sandbox.reserved_nano_usd),
+        cost_usd=dollars(sandbox.spent_nano_usd),
+        metadata=sandbox.metadata,
+        created_at=sandbox.created_at,
+        last_used_at=sandbox.last_used_at,
+        ended_at=sandbox.ended_at,
+    )
+
+
+def event_shape(event: Event) -> EventShape:
+    return EventShape(seq=event.seq, kind=event.kind, data=event.data, at=event.at)
+
+
+def package_shape(package: Package) -> PackageShape:
+    return PackageShape(
+        name=package.name,
+        version=package.version,
+        sha256=package.sha256,
+        size_bytes=package.size_bytes,
+        verdict=package.verdict,
+        reason=package.reason,
+        requested=package.requested,
+    )
+
+
+def template_shape(template: Template) -> TemplateShape:
+    return TemplateShape(
+        name=template.name,
+        description=template.description,
+        languages=template.languages,
+        cpu_count=template.cpu_count,
+        memory_mib=template.memory_mib,
+        disk_mib=template.disk_mib,
+    )
+
+
+def artifact_shape(artifact: Artifact) -> ArtifactShape:
+    return ArtifactShape(
+        id=artifact.id,
+        name=artifact.name,
+        mime=artifact.mime,
+        size_bytes=artifact.size_bytes,
+        sha256=artifact.sha256,
+        created_at=artifact.created_at,
+    )
+
+
