@@ -1,0 +1,358 @@
+"""The client of the local runtime: asks the node for sandboxes, and talks to each sandbox over its own sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import struct
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+
+from executions.backends import wire
+from executions.backends.base import Backend, Capabilities, Check, Event, FileInfo, Handle, Limits, Listed, SandboxSpec
+from executions.backends.local import http
+from executions.errors import BackendError, BackendUnavailable, ContextUnknown, FileRefused, RunTimedOut, SandboxLost, Unsupported
+
+ENVD, INTERPRETER = 49983, 49999
+NODE_SECONDS = 60
+STOP_SECONDS = 5  # for the agent to stop a run; after that the sandbox is ended
+LINE_LIMIT = 96 << 20
+TYPES = {"FILE_TYPE_DIRECTORY": "directory", "FILE_TYPE_SYMLINK": "symlink"}
+
+
+class LocalBackend(Backend):
+    """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; TEMPLATES, {name: python}."""
+
+    capabilities = Capabilities(
+        languages=frozenset({"python", "bash"}), commands=True, files=True, contexts=True, packages=True, ports=True
+    )
+    isolation = "namespaces"
+
+    @property
+    def run_dir(self) -> str:
+        return os.path.abspath(self.options["RUN_DIR"])
+
+    async def _node(self, op: str, **request: Any) -> dict[str, Any]:
+        """One request to the node. BackendUnavailable where it does not answer, SandboxLost where it knows no such sandbox."""
+        try:
+            async with asyncio.timeout(NODE_SECONDS):
+                reader, writer = await http.open_socket(self.run_dir, "node.sock")
+                try:
+                    writer.write(json.dumps({"op": op, **request}).encode() + b"\n")
+                    line = await reader.readuntil(b"\n")
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as problem:
+            raise BackendUnavailable(f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node.") from problem
+        answer = json.loads(line)
+        if "error" not in answer:
+            return answer
+        if answer["error"] == "lost":
+            raise SandboxLost(answer["detail"])
+        if answer["error"] in ("unavailable", "invalid", "exists"):
+            raise BackendUnavailable(answer["detail"])
+        raise BackendError(answer["detail"])
+
+    # life
+
+    async def create(self, spec: SandboxSpec) -> Handle:
+        limits = {name: getattr(spec.limits, name) for name in Limits.__dataclass_fields__}
+        made = await self._node(
+            "create", sandbox_id=spec.sandbox_id, template=spec.template, timeout_seconds=spec.timeout_seconds, limits=limits,
+            env=spec.env, metadata=spec.metadata, network=spec.network,
+        )  # fmt: skip
+        return _handle(made)
+
+    async def connect(self, handle: Handle) -> None:
+        async with http.request(handle["dir"], ENVD, "GET", "/health") as answer:
+            if answer.status != 204:
+                raise SandboxLost()
+
+    async def set_timeout(self, handle: Handle, seconds: int) -> None:
+        await self._node("set_timeout", sandbox_id=handle["sandbox_id"], seconds=seconds)
+
+    async def kill(self, handle: Handle) -> bool:
+        return await self.kill_by_id(handle["sandbox_id"])
+
+    async def kill_by_id(self, sandbox_id: str) -> bool:
+        try:
+            await self._node("kill", sandbox_id=sandbox_id)
+        except BackendUnavailable as problem:
+            raise BackendError(problem.detail) from problem
+        return True
+
+    async def list(self) -> list[Listed]:
+        listed = await self._node("list")
+        return [Listed(s["sandbox_id"], _handle(s), s["started_at"]) for s in listed["sandboxes"]]
+
+    async def check(self) -> Check:
+        try:
+            found = await self._node("check")
+        except BackendError as problem:
+            return Check(ok=False, detail=problem.detail, isolation=self.isolation)
+        templates = found["templates"]
+        said = [f"{name}: {t['state']}" + (f" ({t['detail']})" if t["detail"] else "") for name, t in templates.items()]
+        ready = bool(templates) and all(t["state"] == "ready" for t in templates.values())
+        return Check(ok=ready, detail="; ".join(said) or "no templates", isolation=self.isolation, walls=found["walls"])
+
+    async def _usage(self, handle: Handle) -> dict[str, int]:
+        return await self._node("usage", sandbox_id=handle["sandbox_id"])
+
+    # code
+
+    async def run_code(
+        self,
+        handle: Handle,
+        code: str,
+        *,
+        language: str = "python",
+        context_id: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_seconds: float = 60,
+    ) -> AsyncIterator[Event]:
+        before = await self._usage(handle)
+        body = json.dumps(
+            {"code": code, "env_vars": env, "context_id": context_id, "language": None if context_id else language}
+        ).encode()
+        deadline = time.monotonic() + timeout_seconds
+        ended = False
+        try:
+            async with http.request(handle["dir"], INTERPRETER, "POST", "/execute", body=body) as answer:
+                if answer.status != 200:
+                    raise _refusal(answer.status, (await answer.whole()).decode("utf-8", "replace"))
+                async for line in _lines(answer, deadline):
+                    if line.get("type") == "end_of_execution":
+                        ended = True
+                    elif event := _event(line):
+                        yield event
+            if not ended:
+                raise SandboxLost()
+        except TimeoutError:
+            await self._stop(handle, context_id or language)
+            ended = True
+            raise RunTimedOut(f"The code ran longer than {timeout_seconds:g} s and was stopped.") from None
+        except (SandboxLost, ContextUnknown, Unsupported):
+            ended = True
+            raise
+        finally:
+            if not ended:
+                await self._stop(handle, context_id or language)
+        yield await self._used(handle, before)
+
+    async def _used(self, handle: Handle, before: dict[str, int]) -> Event:
+        after = await self._usage(handle)
+        cpu = after["cpu_us"] - before["cpu_us"]
+        return Event("usage", {"cpu_us": max(0, cpu), "peak_memory_bytes": after["peak_memory_bytes"]})
+
+    async def _stop(self, handle: Handle, context: str) -> None:
+        """Return when nothing of the run runs any more; a sandbox that does not obey is ended."""
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                async with http.request(handle["dir"], INTERPRETER, "POST", f"/contexts/{quote(context)}/interrupt") as answer:
+                    if answer.status == 200:
+                        return
+        except TimeoutError:
+            pass
+        except SandboxLost:
+            return
+        await self.kill(handle)
+
+    async def run_command(
+        self,
+        handle: Handle,
+        command: str,
+        *,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_seconds: float = 60,
+    ) -> AsyncIterator[Event]:
+        before = await self._usage(handle)
+        process = {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": env or {}, "cwd": cwd}
+        message = json.dumps({"process": process, "stdin": False}).encode()
+        headers = _authorized(handle) | {
+            "content-type": "application/connect+json",
+            "connect-timeout-ms": str(int(timeout_seconds * 1000)),
+        }
+        body = struct.pack(">BI", 0, len(message)) + message
+        exit_code: int | None = None
+        pid = 0
+        try:
+            async with asyncio.timeout(timeout_seconds + STOP_SECONDS):  # the agent stops it; this is for one that does not
+                async with http.request(
+                    handle["dir"], ENVD, "POST", "/process.Process/Start", headers=headers, body=body
+                ) as answer:
+                    async for envelope in _envelopes(answer):
+                        if error := envelope.get("error"):
+                            if error.get("code") == "deadline_exceeded":
+                                raise RunTimedOut(f"The command ran longer than {timeout_seconds:g} s and was stopped.")
+                            raise BackendError(str(error.get("message", "")), theirs=True)
+                        event = envelope.get("event", {})
+                        pid = event.get("start", {}).get("pid", pid)
+                        for kind, data in event.get("data", {}).items():
+                            yield Event(kind, {"text": base64.b64decode(data).decode("utf-8", "replace")})
+                        if "end" in event:
+                            exit_code = event["end"].get("exitCode", 0)
+        except TimeoutError:
+            await self.kill(handle)
+            raise RunTimedOut() from None
+        finally:
+            if exit_code is None and pid:
+                await self._kill_process(handle, pid)
+        if exit_code is None:
+            raise SandboxLost()
+        yield await self._used(handle, before)
+        yield Event("exit", {"exit_code": exit_code})
+
+    async def _kill_process(self, handle: Handle, pid: int) -> None:
+        try:
+            await self._rpc(handle, "process.Process/SendSignal", {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"})
+        except BackendError:
+            pass  # it has ended
+
+    # contexts
+
+    async def _contexts(self, handle: Handle, method: str, path: str, body: Any = None) -> Any:
+        data = b"" if body is None else json.dumps(body).encode()
+        async with http.request(handle["dir"], INTERPRETER, method, path, body=data) as answer:
+            if answer.status != 200:
+                raise _refusal(answer.status, (await answer.whole()).decode("utf-8", "replace"))
+            return await answer.json()
+
+    async def list_contexts(self, handle: Handle) -> list[dict[str, Any]]:
+        return await self._contexts(handle, "GET", "/contexts")
+
+    async def create_context(self, handle: Handle, *, language: str, cwd: str | None = None) -> dict[str, Any]:
+        return await self._contexts(handle, "POST", "/contexts", {"language": language, "cwd": cwd})
+
+    async def restart_context(self, handle: Handle, context_id: str) -> None:
+        await self._contexts(handle, "POST", f"/contexts/{quote(context_id, safe='')}/restart")
+
+    async def remove_context(self, handle: Handle, context_id: str) -> None:
+        await self._contexts(handle, "DELETE", f"/contexts/{quote(context_id, safe='')}")
+
+    # files
+
+    async def write_file(self, handle: Handle, path: str, data: bytes | AsyncIterator[bytes]) -> None:
+        headers = _authorized(handle) | {"content-type": "application/octet-stream"}
+        target = f"/files?path={quote(path, safe='')}"
+        async with http.request(handle["dir"], ENVD, "POST", target, headers=headers, body=data) as answer:
+            if answer.status != 200:
+                raise _file_refusal(answer.status, await answer.json())
+
+    async def read_file(self, handle: Handle, path: str) -> AsyncIterator[bytes]:
+        target = f"/files?path={quote(path, safe='')}"
+        async with http.request(handle["dir"], ENVD, "GET", target, headers=_authorized(handle)) as answer:
+            if answer.status != 200:
+                raise _file_refusal(answer.status, await answer.json())
+            async for piece in answer.pieces():
+                yield piece
+
+    async def _rpc(self, handle: Handle, method: str, message: dict[str, Any]) -> dict[str, Any]:
+        headers = _authorized(handle) | {"content-type": "application/json", "connect-protocol-version": "1"}
+        async with http.request(
+            handle["dir"], ENVD, "POST", f"/{method}", headers=headers, body=json.dumps(message).encode()
+        ) as answer:
+            said = await answer.json()
+            if answer.status != 200:
+                raise _file_refusal(answer.status, said)
+            return said
+
+    async def list_files(self, handle: Handle, path: str, *, depth: int = 1) -> list[FileInfo]:
+        listed = await self._rpc(handle, "filesystem.Filesystem/ListDir", {"path": path, "depth": depth})
+        return [
+            FileInfo(
+                name=entry["name"], path=entry["path"], type=TYPES.get(entry["type"], "file"), size_bytes=int(entry["size"]),
+                mode=entry["mode"], modified_at=entry["modifiedTime"],
+            )
+            for entry in listed["entries"]
+        ]  # fmt: skip
+
+    async def remove_file(self, handle: Handle, path: str) -> None:
+        await self._rpc(handle, "filesystem.Filesystem/Remove", {"path": path})
+
+    async def open_port(self, handle: Handle, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if port not in (ENVD, INTERPRETER):
+            raise ConnectionRefusedError(f"nothing listens on port {port}")
+        try:
+            return await http.open_socket(handle["dir"], f"{port}.sock")
+        except (OSError, TimeoutError) as problem:
+            raise SandboxLost() from problem
+
+
+def _handle(made: dict[str, Any]) -> Handle:
+    return {"sandbox_id": made["sandbox_id"], "dir": made["dir"], "token": made["token"]}
+
+
+def _authorized(handle: Handle) -> dict[str, str]:
+    return {"x-access-token": handle["token"]}
+
+
+def _refusal(status: int, text: str) -> BackendError:
+    if status == 404:
+        return ContextUnknown(text)
+    return Unsupported(text) if status == 400 else BackendError(text)
+
+
+def _file_refusal(status: int, said: Any) -> BackendError:
+    message = str(said.get("message", "")) if isinstance(said, dict) else ""
+    if status >= 500 and status != 507:
+        return BackendError(message)
+    return FileRefused(message or None, missing=status == 404)
+
+
+async def _lines(answer: http.Answer, deadline: float) -> AsyncIterator[dict[str, Any]]:
+    """The NDJSON lines of an answer. TimeoutError at the deadline, SandboxLost for what is not a line of JSON."""
+    held = bytearray()
+    pieces = answer.pieces()
+    while True:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            piece = await anext(pieces, b"")
+        if not piece:
+            return
+        held += piece
+        if len(held) > LINE_LIMIT:
+            raise SandboxLost("The sandbox sent an endless line.")
+        if b"\n" not in piece:
+            continue
+        *lines, rest = held.split(b"\n")
+        held = bytearray(rest)
+        for line in lines:
+            try:
+                parsed = json.loads(line)
+            except ValueError as problem:
+                raise SandboxLost("The sandbox sent what is not JSON.") from problem
+            if isinstance(parsed, dict):
+                yield parsed
+
+
+def _event(line: dict[str, Any]) -> Event | None:
+    """This product's event for a line of E2B's; None for keepalives and what is unknown."""
+    match line.pop("type", None):
+        case "stdout" | "stderr" as kind:
+            return Event(kind, {"text": line["text"]})
+        case "result":
+            return Event("result", {"main": line.get("is_main_result", False), "mime": wire.to_mime(line)})
+        case "error":
+            return Event("error", {name: line[name] for name in ("name", "value", "traceback")})
+        case "number_of_executions":
+            return Event("count", {"execution_count": line["execution_count"]})
+    return None
+
+
+async def _envelopes(answer: http.Answer) -> AsyncIterator[dict[str, Any]]:
+    """The messages of a Connect stream. BackendError where the request was refused."""
+    if answer.status != 200:
+        raise BackendError((await answer.whole()).decode("utf-8", "replace"))
+    held = bytearray()
+    async for piece in answer.pieces():
+        held += piece
+        while len(held) >= 5:
+            size = struct.unpack(">I", held[1:5])[0]
+            if len(held) < 5 + size:
+                break
+            yield json.loads(held[5 : 5 + size])
+            del held[: 5 + size]

@@ -1,0 +1,1 @@
+"""What runs inside: plain Python of the standard library, imported by the template's own interpreter."""

@@ -1,0 +1,64 @@
+"""Pid 1 of a sandbox: serves E2B's data plane on the two sockets that the node bound for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import envd, http, interpreter, landlock, python_context
+from .contexts import Context
+from .processes import Reaper
+
+HOME = "/home/user"
+
+
+class Agent:
+    """What the two servers share: the plan, the contexts, the commands."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+        self.rules = landlock.ruleset()
+        self.contexts: dict[str, Context] = {}
+        self.defaults: dict[str, str] = {}  # language: id of its default context
+        self.running: set[str] = set()  # contexts with somebody listening
+        self.reaper = Reaper()
+
+    def environment(self, cwd: str = HOME) -> dict[str, str]:
+        """What guests find in their environment: nothing of the launcher's, then what the sandbox was created with."""
+        return {
+            "PATH": f"{os.path.dirname(sys.executable)}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": HOME, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd,
+            "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+            "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.plan["sandbox_id"], "E2B_TEMPLATE_ID": self.plan["template"],
+            **self.plan["env"],
+        }  # fmt: skip
+
+
+def main(plan: dict[str, Any], node: socket.socket, envd_descriptor: int, interpreter_descriptor: int) -> None:
+    """Serve until killed. The walls stand already."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(_serve(plan, node, envd_descriptor, interpreter_descriptor))
+
+
+async def _serve(plan: dict[str, Any], node: socket.socket, envd_descriptor: int, interpreter_descriptor: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # pid 1 has no default for them, but Python had one for SIGINT
+    agent = Agent(plan)
+    if fonts := python_context.font_list:
+        cache = Path(HOME, ".cache/matplotlib")
+        cache.mkdir(parents=True)
+        (cache / fonts[0]).write_bytes(fonts[1])
+    servers = [
+        await http.serve(socket.socket(fileno=envd_descriptor), envd.handler(agent)),
+        await http.serve(socket.socket(fileno=interpreter_descriptor), interpreter.handler(agent)),
+    ]
+    interpreter.default_context(agent, "python").start()
+    node.send(b"ready")
+    node.close()
+    await asyncio.gather(*(server.serve_forever() for server in servers))

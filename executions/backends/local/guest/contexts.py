@@ -1,0 +1,244 @@
+"""The agent's side of contexts: starts them, sends them cells, collects what they say, stops them for certain."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+import os
+import signal
+import socket
+from collections import deque
+from typing import Any
+
+from . import bash_context, python_context
+from .processes import descendants, fork_guest, kill, now_ticks
+
+GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the context's processes end
+LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
+HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
+PIECE = 64 * 1024
+TRUNCATED = "\n[output ends here: it passed the limit of {} bytes]\n"
+
+RUNNERS = {"python": python_context.run, "bash": bash_context.run}
+
+
+class Context:
+    """One interpreter with its state. `lock` is held by whoever runs a cell in it."""
+
+    def __init__(self, agent: Any, identifier: str, language: str, cwd: str) -> None:
+        self.agent, self.id, self.language, self.cwd = agent, identifier, language, cwd
+        self.lock = asyncio.Lock()
+        self.events: deque[dict[str, Any]] = deque()
+        self.arrived = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.ended = asyncio.Event()
+        self.ended.set()
+        self.stopping: asyncio.Task | None = None  # keeps the task that interrupts after a client has left
+        self.pid = 0
+        self._channels: dict[int, str] = {}
+        self._interrupting: asyncio.Task | None = None
+        self._said = self._since = 0
+
+    def described(self) -> dict[str, str]:
+        return {"id": self.id, "language": self.language, "cwd": self.cwd}
+
+    # starting and ending
+
+    def start(self) -> None:
+        """Fork the interpreter, unless it runs. OSError where that is not possible."""
+        if self.pid:
+            return
+        ours, theirs = socket.socketpair()
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+
+        def become() -> None:
+            os.dup2(out_write, 1)
+            os.dup2(err_write, 2)
+            control = theirs.fileno()
+            os.closerange(3, control)
+            os.closerange(control + 1, os.sysconf("SC_OPEN_MAX"))
+            os.chdir(self.cwd)
+            RUNNERS[self.language](theirs, self.agent.environment(self.cwd))
+
+        try:
+            self.pid = fork_guest(self.agent.plan, self.agent.rules, become, keep={theirs.fileno(), out_write, err_write})
+        finally:
+            theirs.close()
+            os.close(out_write)
+            os.close(err_write)
+        self.ended.clear()
+        self._control = ours
+        ours.setblocking(False)
+        os.set_blocking(out_read, False)
+        os.set_blocking(err_read, False)
+        self._partial = bytearray()
+        self._held = 0
+        self._channels = {out_read: "stdout", err_read: "stderr", ours.fileno(): "control"}
+        self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
+        self._reading = False
+        self._resume()
+        self.agent.reaper.watch(self.pid, self._ended)
+
+    def _resume(self) -> None:
+        if not self._reading:
+            self._reading = True
+            loop = asyncio.get_running_loop()
+            for descriptor in self._channels:
+                loop.add_reader(descriptor, self._read, descriptor)
+
+    def _pause(self) -> None:
+        self._reading = False
+        loop = asyncio.get_running_loop()
+        for descriptor in self._channels:
+            loop.remove_reader(descriptor)
+
+    def _ended(self, status: int) -> None:
+        for descriptor in list(self._channels):
+            while descriptor in self._channels and self._read(descriptor):
+                pass
+        for descriptor in list(self._channels):
+            self._close(descriptor)
+        self.pid = 0
+        self.ended.set()
+        if not self.idle.is_set():
+            self._push({"type": "died"}, 0)
+            self.idle.set()
+
+    def _close(self, descriptor: int) -> None:
+        name = self._channels.pop(descriptor, None)
+        if name is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            self._control.close() if name == "control" else os.close(descriptor)
+
+    def end(self) -> None:
+        """Kill the interpreter and everything that it started."""
+        if self.pid:
+            kill(descendants(self.pid) | {self.pid})
+
+    # what it says
+
+    def _read(self, descriptor: int) -> bool:
+        """Take one piece from a channel; False when there is none now."""
+        name = self._channels[descriptor]
+        try:
+            data = os.read(descriptor, PIECE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._close(descriptor)
+            return False
+        if name == "control":
+            self._take_lines(data)
+        elif text := self._decoders[name].decode(data):
+            self._output(name, text, len(data))
+        return True
+
+    def _take_lines(self, data: bytes) -> None:
+        self._partial += data
+        if len(self._partial) > LINE_LIMIT:
+            self.end()
+            return
+        if b"\n" not in data:
+            return
+        *lines, rest = self._partial.split(b"\n")
+        self._partial = bytearray(rest)
+        for line in lines:
+            try:
+                event = json.loads(line)
+                kind = event["type"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # the user's code wrote to our socket
+            if kind == "end":
+                self.idle.set()
+            self._push(event, len(line))
+
+    def _output(self, name: str, text: str, size: int) -> None:
+        limit = self.agent.plan["limits"]["output_bytes"]
+        if self._said > limit:
+            return
+        self._said += size
+        self._push({"type": name, "text": text}, size)
+        if self._said > limit:
+            self._push({"type": "stderr", "text": TRUNCATED.format(limit)}, 0)
+
+    def _push(self, event: dict[str, Any], size: int) -> None:
+        if self.id not in self.agent.running:
+            return  # a background thread between cells: there is nobody to tell
+        event["_size"] = size
+        self.events.append(event)
+        self._held += size
+        self.arrived.set()
+        if self._held > HIGH_WATER and self._reading:
+            self._pause()
+
+    def take(self) -> list[dict[str, Any]]:
+        """All events that have arrived, oldest first."""
+        taken = list(self.events)
+        self.events.clear()
+        self.arrived.clear()
+        self._held -= sum(event.pop("_size") for event in taken)
+        if self.pid and not self._reading:
+            self._resume()
+        return taken
+
+    # cells
+
+    def begin(self, code: str, env: dict[str, str]) -> None:
+        """Send one cell; its events follow until one says end or died. The caller holds the lock."""
+        self.start()
+        self.take()
+        self._said = 0
+        self._since = now_ticks()
+        self.idle.clear()
+        self.agent.running.add(self.id)
+        data = json.dumps({"code": code, "env": env}).encode() + b"\n"
+        self._control.setblocking(True)  # it is idle and reads; a pipe's worth at a time
+        self._control.settimeout(5)
+        try:
+            self._control.sendall(data)
+        finally:
+            self._control.setblocking(False)
+
+    async def interrupt(self) -> None:
+        """Stop the running cell; when this returns nothing of it runs any more. Nothing happens to an idle context."""
+        if self._interrupting is None and not self.idle.is_set():
+            self._interrupting = asyncio.create_task(self._interrupt())
+        if self._interrupting is not None:
+            await asyncio.shield(self._interrupting)
+
+    async def _interrupt(self) -> None:
+        try:
+            self.take()
+            for patience in GRACE_SECONDS:
+                try:
+                    os.killpg(self.pid, signal.SIGINT)
+                    await asyncio.wait_for(self._idle_dropping(), patience)
+                    break
+                except ProcessLookupError:
+                    break
+                except (TimeoutError, asyncio.TimeoutError):
+                    continue
+            if not self.idle.is_set():
+                self.end()
+                await self._idle_dropping()
+            if self.pid:  # polite enough to stay; its children of this cell are not asked
+                kill(descendants(self.pid, since=self._since))
+        finally:
+            self._interrupting = None
+
+    async def _idle_dropping(self) -> None:
+        """Wait until idle, throwing output away so that the context is not held up by it."""
+        while not self.idle.is_set():
+            self.take()
+            arrived = asyncio.create_task(self.arrived.wait())
+            idle = asyncio.create_task(self.idle.wait())
+            await asyncio.wait({arrived, idle}, return_when=asyncio.FIRST_COMPLETED)
+            arrived.cancel()
+            idle.cancel()
+        self.take()
+

@@ -1,0 +1,171 @@
+"""A Python context: a fork of the warmed interpreter that runs cells for the agent.
+
+It has three channels to the agent: the pipes that are its stdout and stderr (so that what subprocesses print streams,
+too) and a socket for the rest. Before Python writes to one, it waits until the agent has read the others, so
+everything arrives in the order in which it happened, without threads and without a protocol in the output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import importlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import termios
+import time
+from typing import Any
+
+PRELOADED = ("numpy", "pandas", "matplotlib", "matplotlib.pyplot", "e2b_charts", "orjson")
+WARM_CELLS = {
+    "": ["print('x')", "[1, {'a': 2}]", "1/0", "await __import__('asyncio').sleep(0)", "%pwd", "x = 1\nx"],
+    "numpy": ["import numpy as np\nnp.arange(4).reshape(2, 2) @ np.ones(2)"],
+    "pandas": ["import pandas as pd\npd.DataFrame({'a': [1, 2], 'b': ['x', None]})", "pd.DataFrame({'a': [1, 2]}).a.sum()"],
+    "matplotlib.pyplot": ["import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('x')\nplt.show()"],
+}
+
+shell: Any = None  # made once, in the zygote, like the next
+font_list: tuple[str, bytes] | None = None
+
+
+def warm() -> dict[str, Any]:
+    """Import and exercise what the template has; returns what it found."""
+    global shell, font_list
+    from . import shell as shells
+
+    shell = shells.make()
+    found = {}
+    for name in PRELOADED:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if "." not in name:
+            found[name] = getattr(module, "__version__", "")
+    if "matplotlib" in found:
+        shell.enable_matplotlib("inline")
+    output, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        for module, cells in WARM_CELLS.items():
+            if module in sys.modules or not module:
+                for cell in cells:
+                    shell.run_cell(cell, store_history=True)
+    finally:
+        sys.stdout = output
+    shell.reset(new_session=True)
+    for leftover in ("last_type", "last_value", "last_traceback", "last_exc"):
+        vars(sys).pop(leftover, None)
+    font_list = _font_list()
+    return {"python": sys.version.split()[0], "packages": found}
+
+
+def _font_list() -> tuple[str, bytes] | None:
+    """The name and content of matplotlib's font cache, so that scripts in the sandbox need not build their own."""
+    folder = os.environ.get("MPLCONFIGDIR", "")
+    names = [n for n in os.listdir(folder) if n.startswith("fontlist")] if os.path.isdir(folder) else []
+    if not names:
+        return None
+    with open(os.path.join(folder, names[0]), "rb") as file:
+        return names[0], file.read()
+
+
+def _unread(descriptor: int) -> int:
+    """Bytes that the agent has not taken yet, of a pipe or of the socket."""
+    request = termios.TIOCOUTQ if descriptor > 2 else termios.FIONREAD
+    return int.from_bytes(fcntl.ioctl(descriptor, request, b"\0\0\0\0"), sys.byteorder)
+
+
+class Channels:
+    """Everything that leaves a context, in order."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.owner = os.getpid()
+
+    def wait_for_others(self, mine: int) -> None:
+        if os.getpid() != self.owner:
+            return  # a fork of the user's has no turn to wait for
+        for descriptor in (1, 2, self.control.fileno()):
+            pause = 0.00002
+            while descriptor != mine and _unread(descriptor):
+                time.sleep(pause)
+                pause = min(pause * 2, 0.01)
+
+    def send(self, **event: Any) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        line = json.dumps(event, default=repr).encode() + b"\n"
+        self.wait_for_others(self.control.fileno())
+        self.control.sendall(line)
+
+
+class Raw(io.RawIOBase):
+    """A standard stream that waits for its turn."""
+
+    def __init__(self, descriptor: int, channels: Channels) -> None:
+        self.descriptor, self.channels = descriptor, channels
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def write(self, data: Any) -> int:
+        try:
+            self.channels.wait_for_others(self.descriptor)
+        except OSError:
+            pass  # the user closed one of them
+        return os.write(self.descriptor, data)
+
+
+def _stream(descriptor: int, channels: Channels) -> io.TextIOWrapper:
+    buffered = io.BufferedWriter(Raw(descriptor, channels), 64 * 1024)
+    return io.TextIOWrapper(buffered, "utf-8", "backslashreplace", newline="\n", line_buffering=True)
+
+
+def run(control: socket.socket, environment: dict[str, str]) -> None:
+    """Run cells until the agent hangs up. The process is already a guest."""
+    channels = Channels(control)
+    sys.stdout, sys.stderr = _stream(1, channels), _stream(2, channels)
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    shell.send = channels.send
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as any Python has it
+    for name in [n for n in sys.modules if n == "wire" or n == "guest" or n.startswith("guest.")]:
+        del sys.modules[name]  # users may have modules of these names
+    sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate")]
+    sys.argv = [""]
+    os.environ.clear()
+    os.environ.update(environment)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # the fork shares it with every sandbox of this template
+    gc.freeze()
+    with control.makefile("rb") as requests:
+        for line in requests:
+            _run_cell(json.loads(line), channels)
+    os._exit(0)
+
+
+def _run_cell(request: dict[str, Any], channels: Channels) -> None:
+    before = {name: os.environ.get(name) for name in request["env"]}
+    os.environ.update(request["env"])
+    channels.send(type="count", execution_count=shell.execution_count)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            shell.run_cell(request["code"], store_history=True)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # between the cell's last line and ours
+        channels.send(type="error", name="KeyboardInterrupt", value="", traceback="KeyboardInterrupt")
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    channels.send(type="end")

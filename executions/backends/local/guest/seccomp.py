@@ -1,0 +1,112 @@
+"""The system call filter: a list of what numpy, plots, threads and subprocesses never need, refused for good.
+
+Classic BPF as in linux/filter.h; see Documentation/userspace-api/seccomp_filter.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+
+from . import linux
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# name: (x86_64, aarch64); None where that architecture does not have it
+REFUSED: dict[str, tuple[int | None, int]] = {
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "kcmp": (312, 272), "pidfd_getfd": (438, 438), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "swapon": (167, 224),
+    "swapoff": (168, 225), "reboot": (169, 142), "kexec_load": (246, 104), "kexec_file_load": (320, 294),
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "syslog": (103, 116),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "acct": (163, 89), "quotactl": (179, 60), "quotactl_fd": (443, 443), "settimeofday": (164, 170),
+    "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171), "sethostname": (170, 161),
+    "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
+    "vhangup": (153, 58), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "fanotify_init": (300, 262),
+    "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "uselib": (134, None), "personality": (135, 92),
+    "move_pages": (279, 239), "migrate_pages": (256, 238), "mbind": (237, 235), "set_mempolicy": (238, 237),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+}  # fmt: skip
+UNKNOWN = {"clone3": (435, 435)}  # ENOSYS: libc falls back to clone, whose flags can be read
+LAST_KNOWN = 462  # mseal; later calls answer ENOSYS until somebody has read about them
+
+# calls on a process: the first argument must be 0, which means the caller itself
+ON_SELF_ONLY = {
+    "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+}  # fmt: skip
+NUMBERS = {"clone": (56, 220), "unshare": (272, 97), "ioctl": (16, 29), "socket": (41, 198), "socketpair": (53, 199),
+           "setpriority": (141, 140), "ioprio_set": (251, 30)}  # fmt: skip
+NEW_NAMESPACES = 0x7E020000
+TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
+FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock would reach a hypervisor past the network namespace
+
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+NUMBER, ARCH, ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+def _refuse(number: int = errno.EPERM) -> bytes:
+    return _instruction(RETURN, ERRNO | number)
+
+
+def _when(number: int, *body: bytes) -> bytes:
+    """Run `body` for this system call only; it must leave the call's number loaded or return."""
+    inside = b"".join(body)
+    return _instruction(EQUAL, number, 0, len(inside) // 8) + inside
+
+
+def _argument(index: int) -> bytes:
+    return _instruction(LOAD, ARGUMENT + 8 * index)  # the low half: the kernel reads these arguments as 32 bits
+
+
+def program(machine: str = linux.MACHINE) -> bytes:
+    """The filter for this architecture. KeyError where there is no table for it."""
+    arch = ARCHITECTURES[machine]
+    column = list(ARCHITECTURES).index(machine)
+    call = {name: numbers[column] for name, numbers in NUMBERS.items()}
+    allow = _instruction(RETURN, ALLOW)
+    parts = [
+        _instruction(LOAD, ARCH),
+        _instruction(EQUAL, arch, 1, 0),
+        _instruction(RETURN, KILL),
+        _instruction(LOAD, NUMBER),
+        _instruction(AT_LEAST, LAST_KNOWN + 1, 0, 1),  # x32 numbers are far above, too
+        _refuse(errno.ENOSYS),
+    ]
+    for numbers in REFUSED.values():
+        if numbers[column] is not None:
+            parts.append(_when(numbers[column], _refuse()))
+    for numbers in UNKNOWN.values():
+        parts.append(_when(numbers[column], _refuse(errno.ENOSYS)))
+    for numbers in ON_SELF_ONLY.values():
+        parts.append(_when(numbers[column], _argument(0), _instruction(EQUAL, 0, 1, 0), _refuse(), allow))
+    parts.append(_when(call["clone"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES, 0, 1), _refuse(), allow))
+    parts.append(_when(call["unshare"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES | 0x80, 0, 1), _refuse(), allow))
+    injection = [step for request in TERMINAL_INJECTION for step in (_instruction(EQUAL, request, 0, 1), _refuse())]
+    parts.append(_when(call["ioctl"], _argument(1), *injection, allow))
+    for name in ("socket", "socketpair"):
+        families = [step for family in FAMILIES for step in (_instruction(EQUAL, family, 0, 1), allow)]
+        parts.append(_when(call[name], _argument(0), *families, _refuse(errno.EAFNOSUPPORT)))
+    on_self = [_instruction(EQUAL, 0, 1, 0), _refuse()]
+    parts.append(_when(call["setpriority"], _argument(0), *on_self, _argument(1), *on_self, allow))
+    ioprio_process = [_instruction(EQUAL, 1, 1, 0), _refuse()]
+    parts.append(_when(call["ioprio_set"], _argument(0), *ioprio_process, _argument(1), *on_self, allow))
+    parts.append(allow)
+    return b"".join(parts)
+
+
+def install(code: bytes) -> None:
+    """Put the filter on this process and all it will start. no_new_privs must be set."""
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    linux.prctl(linux.PR_SET_SECCOMP, 2, ctypes.c_char_p(header))

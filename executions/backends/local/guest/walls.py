@@ -1,0 +1,120 @@
+"""From a fork of the zygote to a sandbox: the order matters and is explained line by line.
+
+unshare → map → mounts → loopback → pid 1 → /proc → descriptors → rlimits → no capabilities → seccomp;
+then, in every process that runs guest code: Landlock and lower limits.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from pathlib import Path
+
+from . import landlock, linux, seccomp
+
+USER = 1000
+INNER = (
+    linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
+)
+INODES_PER_MIB = 64
+RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
+
+
+def enter(plan: dict, node: socket.socket, keep: set[int], filter_program: bytes) -> None:
+    """Become pid 1 of a new sandbox. Raises OSError at the first wall that does not stand."""
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or the node may not write our maps
+    linux.unshare(INNER)
+    if plan["self_map"]:
+        for name, line in (("setgroups", "deny"), ("uid_map", "1000 1000 1"), ("gid_map", "1000 1000 1")):
+            Path(f"/proc/self/{name}").write_text(line)
+    node.send(b"unshared")  # the node learns our pid from the kernel, puts us into control groups and writes the maps
+    if node.recv(16) != b"mapped":
+        raise OSError("the node did not map this sandbox")
+    if not plan["self_map"]:
+        os.setgroups([])
+    os.setresgid(USER, USER, USER)
+    os.setresuid(USER, USER, USER)
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)  # the change of uid reset it; /proc/self must be ours
+    linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
+    socket.sethostname("sandbox")
+    _mount_private_folders(plan["limits"], plan["shadowed"])
+    linux.bring_up_loopback()
+    if os.fork():
+        os._exit(0)  # the zygote, pid 1 outside, inherits the sandbox
+    flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    linux.mount("proc", "/proc", "proc", flags)  # failing here is fatal: the outer one shows the zygote
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")
+    _close_all_but(keep)
+    _limit(plan)
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)  # guests have the same uid: they must not read this process
+    linux.drop_capabilities()
+    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    seccomp.install(filter_program)
+
+
+def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
+    linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    opened = {path: os.open(path, os.O_PATH) for path in shadowed}
+    flags = linux.MS_NOSUID | linux.MS_NODEV
+    own = f"uid={USER},gid={USER}"
+    size, inodes = limits["disk_mib"], limits["disk_mib"] * INODES_PER_MIB
+    linux.mount("sandbox", "/tmp", "tmpfs", flags, f"size={size}m,nr_inodes={inodes},mode=755,{own}")
+    os.mkdir("/tmp/home", 0o755)
+    os.mkdir("/tmp/tmp")
+    os.chmod("/tmp/tmp", 0o1777)
+    linux.mount("/tmp/home", "/home/user", None, linux.MS_BIND)  # one size for both
+    linux.mount("/tmp/tmp", "/tmp", None, linux.MS_BIND)
+    shm = min(64, max(1, limits["memory_mib"] // 4))
+    linux.mount("sandbox", "/dev/shm", "tmpfs", flags, f"size={shm}m,nr_inodes=4096,mode=1777,{own}")
+    linux.mount("devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    linux.mount("sandbox", "/run", "tmpfs", flags | linux.MS_RDONLY, "size=4k,mode=755")  # over the zygote's
+    for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
+        os.makedirs(path, exist_ok=True)
+        linux.mount(f"/proc/self/fd/{descriptor}", path, None, linux.MS_BIND | linux.MS_REC)
+        os.close(descriptor)
+    os.chdir("/home/user")
+
+
+def _close_all_but(keep: set[int]) -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    low = 3
+    for descriptor in sorted(keep):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _limit(plan: dict) -> None:
+    limits = plan["limits"]
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 4096),
+        (resource.RLIMIT_FSIZE, limits["disk_mib"] << 20),
+        (resource.RLIMIT_NPROC, limits["processes"] + RESERVED_PROCESSES),
+        (resource.RLIMIT_MEMLOCK, 64 << 10),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        _, hard = resource.getrlimit(limit)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def become_guest(plan: dict, rules: int | None) -> None:
+    """Lower this fork of the agent to what runs guest code; call it once, last."""
+    os.setsid()
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # the agent dies last
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    processes = plan["limits"]["processes"]
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    if plan["limit_data"]:
+        memory = max(256, plan["limits"]["memory_mib"]) << 20
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    landlock.enforce(rules)

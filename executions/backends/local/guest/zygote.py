@@ -1,0 +1,60 @@
+"""The preloaded parent of one template: imports and warms once, then forks a sandbox at each request of the node.
+
+It never runs user code. It must have one thread whenever it forks.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+from . import agent, python_context, seccomp, walls
+
+CONTROL = 3
+
+
+def main() -> None:
+    control = socket.socket(fileno=CONTROL)
+    try:
+        began = time.monotonic()
+        facts = python_context.warm()
+        program = seccomp.program()
+        gc.collect()
+        gc.freeze()  # forks share these pages as long as nobody counts references in them
+        if len(os.listdir("/proc/self/task")) != 1:
+            raise RuntimeError("a package of the template started a thread while it was imported")
+        facts["warm_ms"] = round((time.monotonic() - began) * 1000)
+    except BaseException:
+        control.send(json.dumps({"broken": traceback.format_exc(limit=-3)[-2000:]}).encode())
+        sys.exit(1)
+    control.send(json.dumps({"ready": facts}).encode())
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # pid 1 here: the kernel reaps
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
+        if not message:
+            os._exit(0)  # the node is gone; every sandbox goes with this process
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            control.close()
+            _become_sandbox(json.loads(message), descriptors, program)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become_sandbox(plan: dict, descriptors: list[int], program: bytes) -> None:
+    node = socket.socket(fileno=descriptors[0])
+    try:
+        walls.enter(plan, node, set(descriptors), program)
+    except BaseException:
+        node.send(traceback.format_exc(limit=-2)[-2000:].encode())
+        os._exit(1)
+    try:
+        agent.main(plan, node, descriptors[1], descriptors[2])
+    finally:
+        os._exit(1)

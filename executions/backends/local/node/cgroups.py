@@ -1,0 +1,135 @@
+"""Control groups as root: hard limits and honest meters of one sandbox, on version 1 and version 2."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+PERIOD_US = 100_000
+
+
+@dataclass(slots=True)
+class Group:
+    """The folders of one sandbox; one for version 2, one a controller for version 1."""
+
+    folders: dict[str, Path]
+    version: int
+
+    def _write(self, controller: str, name: str, value: object) -> None:
+        (self.folders[controller] / name).write_text(str(value))
+
+    def limit(self, *, memory_bytes: int, processes: int, cpu_count: float) -> None:
+        quota = int(cpu_count * PERIOD_US)
+        if self.version == 2:
+            self._write("memory", "memory.max", memory_bytes)
+            self._write("memory", "memory.swap.max", 0) if (self.folders["memory"] / "memory.swap.max").exists() else None
+            self._write("memory", "memory.oom.group", 0)
+            self._write("cpu", "cpu.max", f"{quota} {PERIOD_US}")
+        else:
+            self._write("memory", "memory.limit_in_bytes", memory_bytes)
+            self._write("cpu", "cpu.cfs_quota_us", quota)
+        self._write("pids", "pids.max", processes)
+
+    def add(self, pid: int) -> None:
+        for folder in set(self.folders.values()):
+            (folder / "cgroup.procs").write_text(str(pid))
+
+    def cpu_us(self) -> int:
+        if self.version == 2:
+            return int((self.folders["cpu"] / "cpu.stat").read_text().split()[1])
+        return int((self.folders["cpuacct"] / "cpuacct.usage").read_text()) // 1000
+
+    def peak_memory_bytes(self) -> int:
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        try:
+            return int((self.folders["memory"] / name).read_text())
+        except FileNotFoundError:  # memory.peak came with Linux 5.19
+            return int((self.folders["memory"] / "memory.current").read_text())
+
+    def kill(self) -> None:
+        """Kill whoever is inside: what a node left that died."""
+        for folder in self.folders.values():
+            for pid in (folder / "cgroup.procs").read_text().split():
+                try:
+                    os.kill(int(pid), 9)
+                except ProcessLookupError:
+                    pass
+
+    def remove(self) -> None:
+        """Remove the folders. OSError while processes are inside."""
+        for folder in set(self.folders.values()):
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+
+
+class Tree:
+    """This node's folders in the control groups. OSError, with the reason, where they cannot be made."""
+
+    def __init__(self, name: str, mounts: str = "/sys/fs/cgroup") -> None:
+        base = Path(mounts)
+        self.version = 2 if (base / "cgroup.controllers").exists() else 1
+        if self.version == 2:
+            self.parents = {"": base / f"sandgate-{name}"}
+            self._delegate(base)
+        else:
+            self.parents = {c: base / c / f"sandgate-{name}" for c in V1_CONTROLLERS}
+        self.remove_leftovers()
+        for parent in self.parents.values():
+            parent.mkdir(exist_ok=True)
+            if self.version == 2:
+                (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+
+    def _delegate(self, base: Path) -> None:
+        """Let children of the top have controllers; in a container its own processes must step aside first."""
+        control = base / "cgroup.subtree_control"
+        try:
+            control.write_text("+memory +pids +cpu")
+        except OSError as problem:
+            if problem.errno != errno.EBUSY:
+                raise
+            aside = base / "init"
+            aside.mkdir(exist_ok=True)
+            for pid in (base / "cgroup.procs").read_text().split():
+                (aside / "cgroup.procs").write_text(pid)
+            control.write_text("+memory +pids +cpu")
+
+    def _group(self, name: str) -> Group:
+        if self.version == 2:
+            folder = self.parents[""] / name
+            return Group(dict.fromkeys(("memory", "pids", "cpu"), folder), 2)
+        return Group({c: parent / name for c, parent in self.parents.items()}, 1)
+
+    def create(self, name: str) -> Group:
+        group = self._group(name)
+        for folder in set(group.folders.values()):
+            folder.mkdir(exist_ok=True)
+        return group
+
+    def remove_leftovers(self) -> None:
+        """Kill and remove what an earlier node of this name left."""
+        names = {child.name for parent in self.parents.values() if parent.is_dir() for child in parent.iterdir() if child.is_dir()}
+        for name in names:
+            group = self._group(name)
+            group.folders = {c: f for c, f in group.folders.items() if f.is_dir()}
+            deadline = time.monotonic() + 3
+            while True:
+                group.kill()
+                try:
+                    group.remove()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+
+    def remove(self) -> None:
+        self.remove_leftovers()
+        for parent in self.parents.values():
+            if parent.is_dir():
+                parent.rmdir()

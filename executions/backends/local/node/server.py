@@ -1,0 +1,257 @@
+"""The node: one for each machine. Makes, meters and ends sandboxes for whoever may open its socket.
+
+    python -I …/local/node --run-dir DIR --template default=/path/to/bin/python [--die-with-parent]
+
+It listens on DIR/node.sock; requests and replies are lines of JSON. Its end, however it comes, is the end of every
+sandbox. A node that starts adopts nothing: it removes what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+from guest import landlock, linux, seccomp
+from node.cgroups import Tree
+from node.sandboxes import Refusal, Sandbox
+from node.uids import Block
+from node.zygotes import Zygote
+
+WATCHDOG_SECONDS = 0.1
+READY_SECONDS = 30  # how long create() waits for a zygote that warms up
+IDENTIFIER = re.compile(r"[a-z0-9]{1,64}")
+LIMITS = {
+    "memory_mib": (64, 1 << 20), "cpu_count": (1, 1024), "disk_mib": (1, 1 << 20), "processes": (4, 1 << 16),
+    "output_bytes": (1, 1 << 40),
+}  # fmt: skip
+
+
+class Node:
+    def __init__(self, run_dir: Path, templates: dict[str, str]) -> None:
+        self.run_dir = run_dir
+        self.root = linux.has_capabilities()
+        self.block = Block() if self.root else None
+        self.tree, self.without_cgroups = self._tree()
+        uid = self.block.zygote if self.block else None
+        self.zygotes = {name: Zygote(name, python, run_dir, uid) for name, python in templates.items()}
+        self.sandboxes: dict[str, Sandbox] = {}
+        self.draining = False
+
+    def _tree(self) -> tuple[Tree | None, str]:
+        if not self.root:
+            return None, "Control groups need root: memory is watched every 100 ms and rlimits hold instead. Start the node as root."
+        name = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:12]
+        try:
+            return Tree(name), ""
+        except OSError as problem:
+            return None, f"Control groups cannot be used ({problem}): memory is watched every 100 ms and rlimits hold instead."
+
+    # requests
+
+    async def create(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.draining:
+            raise Refusal("unavailable", "The node is shutting down.")
+        identifier = request.get("sandbox_id")
+        if not isinstance(identifier, str) or not IDENTIFIER.fullmatch(identifier):
+            raise Refusal("invalid", "sandbox_id must be lowercase letters and digits.")
+        if identifier in self.sandboxes:
+            raise Refusal("exists", f"There is a sandbox {identifier}.")
+        for name, (least, most) in LIMITS.items():
+            value = request.get("limits", {}).get(name)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise Refusal("invalid", f"limits.{name} must be between {least} and {most}.")
+        zygote = await self._ready(request.get("template"))
+        if request.get("network"):
+            raise Refusal("invalid", "The local runtime has no network.")
+        sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
+        try:
+            await sandbox.be_born(zygote, self.tree, self.block)
+        except BaseException:
+            self._forget(sandbox)
+            raise
+        sandbox.expire_in(float(request["timeout_seconds"]), lambda: self._end_soon(sandbox))
+        self._background(self._bury(sandbox))
+        return sandbox.described() | {"boot_ms": sandbox.boot_ms}
+
+    async def _ready(self, name: Any) -> Zygote:
+        zygote = self.zygotes.get(name)
+        if zygote is None:
+            raise Refusal("unavailable", f"This node has no template {name!r}.")
+        try:
+            await asyncio.wait_for(zygote.settled.wait(), READY_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refusal("unavailable", f"Template {name} is still warming up.") from None
+        if zygote.state != "ready":
+            raise Refusal("unavailable", f"Template {name} is broken: {zygote.detail}")
+        return zygote
+
+    async def _bury(self, sandbox: Sandbox) -> None:
+        await sandbox.gone.wait()
+        await self._end(sandbox)
+
+    def _end_soon(self, sandbox: Sandbox) -> None:
+        self._background(self._end(sandbox))
+
+    _tasks: set[asyncio.Task] = set()
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, sandbox: Sandbox) -> None:
+        await sandbox.end()
+        self._forget(sandbox)
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        if self.sandboxes.get(sandbox.id) is sandbox:
+            del self.sandboxes[sandbox.id]
+            if self.block is not None and sandbox.uid is not None:
+                self.block.give_back(sandbox.uid)
+
+    def _known(self, request: dict[str, Any]) -> Sandbox:
+        sandbox = self.sandboxes.get(request.get("sandbox_id", ""))
+        if sandbox is None:
+            raise Refusal("lost", "There is no such sandbox.")
+        return sandbox
+
+    async def kill(self, request: dict[str, Any]) -> dict[str, Any]:
+        sandbox = self.sandboxes.get(request.get("sandbox_id", ""))
+        if sandbox is not None:
+            await self._end(sandbox)
+        return {"was_there": sandbox is not None}
+
+    async def list(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"sandboxes": [sandbox.described() for sandbox in self.sandboxes.values()]}
+
+    async def set_timeout(self, request: dict[str, Any]) -> dict[str, Any]:
+        sandbox = self._known(request)
+        sandbox.expire_in(float(request["seconds"]), lambda: self._end_soon(sandbox))
+        return {}
+
+    async def usage(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._known(request).usage()
+
+    async def check(self, request: dict[str, Any]) -> dict[str, Any]:
+        templates = {z.name: {"state": z.state, "detail": z.detail, **z.facts} for z in self.zygotes.values()}
+        return {"templates": templates, "walls": self.walls(), "sandboxes": len(self.sandboxes)}
+
+    def walls(self) -> dict[str, Any]:
+        """Each wall: True, or the sentence that says what is missing. A sandbox is not made where one of the others fails."""
+        abi = landlock.abi()
+        known = linux.MACHINE in seccomp.ARCHITECTURES
+        return {
+            "namespaces": True,
+            "uid": True if self.root else "Sandboxes have the node's own uid on the host. Start the node as root.",
+            "capabilities": True,
+            "cgroups": self.tree is not None or self.without_cgroups,
+            "seccomp": known or f"There is no system call table for {linux.MACHINE}.",
+            "landlock": abi >= 6 or f"The kernel has Landlock ABI {abi}; signals are scoped from 6 (Linux 6.12).",
+            "readonly_root": True,
+        }
+
+    OPERATIONS = ("create", "kill", "list", "set_timeout", "usage", "check")
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            if request.get("op") not in self.OPERATIONS:
+                raise Refusal("invalid", "Unknown operation.")
+            return {"ok": True, **await getattr(self, request["op"])(request)}
+        except Refusal as refusal:
+            return {"error": refusal.code, "detail": refusal.detail}
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            return {"error": "invalid", "detail": repr(problem)}
+        except OSError as problem:
+            return {"error": "internal", "detail": str(problem)}
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        try:
+            if struct.unpack("iII", credentials)[1] in (0, os.getuid()):
+                while line := await reader.readline():
+                    writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
+                    await writer.drain()
+        except (ConnectionError, ValueError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    # life
+
+    async def watch(self) -> None:
+        """Where nobody else limits memory."""
+        while self.tree is None:
+            await asyncio.sleep(WATCHDOG_SECONDS)
+            for sandbox in list(self.sandboxes.values()):
+                if sandbox.pid and not sandbox.gone.is_set():
+                    sandbox.watch_memory()
+
+    async def serve(self, ended: asyncio.Event) -> None:
+        await self._clear()
+        folder = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY)
+        listener = socket.socket(socket.AF_UNIX)
+        os.umask(0o077)
+        listener.bind(f"/proc/self/fd/{folder}/node.sock")
+        server = await asyncio.start_unix_server(self.connected, sock=listener, limit=1 << 20)
+        lives = [asyncio.create_task(zygote.run()) for zygote in self.zygotes.values()]
+        lives.append(asyncio.create_task(self.watch()))
+        await ended.wait()
+        self.draining = True
+        server.close()
+        await asyncio.gather(*(self._end(sandbox) for sandbox in list(self.sandboxes.values())), return_exceptions=True)
+        for life in lives:
+            life.cancel()
+        await asyncio.gather(*lives, return_exceptions=True)
+        if self.tree is not None:
+            self.tree.remove()
+        (self.run_dir / "node.sock").unlink(missing_ok=True)
+
+    async def _clear(self) -> None:
+        """Make the run folder ours and empty; processes of an earlier node died with it."""
+        (self.run_dir / "root").mkdir(exist_ok=True)
+        (self.run_dir / "node.sock").unlink(missing_ok=True)
+        shutil.rmtree(self.run_dir / "sandboxes", ignore_errors=True)
+        (self.run_dir / "sandboxes").mkdir(mode=0o700)
+
+
+async def _run(node: Node, die_with_parent: bool) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    if die_with_parent:  # stdin is a pipe whose other end the parent holds: it closes however the parent ends
+        loop.add_reader(0, lambda: os.read(0, 4096) or (loop.remove_reader(0), ended.set()))
+    await node.serve(ended)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sandgate-node", description="Supervise the sandboxes of this machine.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--template", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when stdin is closed")
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir.absolute()
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chmod(run_dir, 0o700)
+    lock = open(run_dir / "node.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"Another node serves {run_dir}.", file=sys.stderr)
+        return 1
+    templates = dict(item.split("=", 1) for item in options.template)
+    asyncio.run(_run(Node(run_dir, templates), options.die_with_parent))
+    return 0
