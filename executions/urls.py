@@ -3,9 +3,12 @@
 from django.contrib import admin
 from django.urls import include, path
 
+from executions.console.urls import websocket_urlpatterns
+
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("", include("executions.api.urls")),
+    path("", include("executions.console.urls")),
 ]
 
-websocket_urlpatterns: list = []
+__all__ = ["urlpatterns", "websocket_urlpatterns"]

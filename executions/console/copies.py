@@ -10,7 +10,7 @@ from django.conf import settings
 
 from executions.models import Execution
 
-FIRST = 'print(sum(range(10)))'
+FIRST = "print(sum(range(10)))"
 
 
 def curl(code: str = FIRST, language: str = "python") -> str:

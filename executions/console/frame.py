@@ -120,7 +120,9 @@ def agents_of(caller: Caller) -> QuerySet[Agent]:
     """The agents as which this person may run: the team's, and their own personal one, which comes first."""
     mine = Q(person=None) | Q(person=caller.person)
     return (
-        Agent.objects.filter(mine, team=caller.team, is_active=True).select_related("person").order_by("-person", "name")
+        Agent.objects.filter(mine, team=caller.team, is_active=True)
+        .select_related("person")
+        .order_by("-person", "name")
     )
 
 

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 from django.db.models import Count, Q, QuerySet, Sum
 from django.db.models.functions import TruncDate
-from django.http import HttpRequest, HttpResponse, QueryDict, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, QueryDict
 from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
@@ -16,10 +16,11 @@ from django.views.decorators.http import require_GET
 from executions import backends, quotas
 from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, agents_of, key_of, member, page, spend_today
+from executions.console.tags import agent_name
 from executions.costs import usd
 from executions.errors import NotFound
 from executions.keys import Caller
-from executions.models import Execution, Quota, Sandbox, Template, Usage
+from executions.models import Agent, Execution, Quota, Sandbox, Template, Usage
 from executions.operations.submit import find_session
 from executions.states import LANGUAGES, EventKind, ExecutionState, Unit
 
@@ -88,7 +89,7 @@ def runs(request: HttpRequest) -> HttpResponse:
     first_page = query.urlencode()
     if len(listed) > PAGE:
         query["before"] = listed[PAGE - 1].id
-    agents = [(a.name, a.person.calls_themselves if a.person else a.name) for a in agents_of(caller)]
+    agents = [(a.name, agent_name(a)) for a in agents_of(caller)]
     choices = [
         ("state", "State", [(s.value, s.value.replace("_", " ")) for s in ExecutionState]),
         ("agent", "Agent", agents),
@@ -175,10 +176,8 @@ def output(request: HttpRequest, execution_id: str) -> HttpResponse:
     """All that it printed, stdout and stderr in order, as a file."""
     found = find_run(request.caller, execution_id)
     texts = found.events.filter(kind__in=[EventKind.STDOUT, EventKind.STDERR]).order_by("seq")
-    response = StreamingHttpResponse(
-        [event["text"].encode(errors="replace") for event in texts.values_list("data", flat=True)],
-        content_type="text/plain; charset=utf-8",
-    )
+    whole = "".join(data["text"] for data in texts.values_list("data", flat=True))
+    response = HttpResponse(whole.encode(errors="replace"), content_type="text/plain; charset=utf-8")
     response["Content-Disposition"] = f'attachment; filename="{found.id}.txt"'
     return response
 
@@ -206,14 +205,15 @@ def usage(request: HttpRequest) -> HttpResponse:
     days = [today - timedelta(days=back) for back in reversed(range(DAYS))]
     since = datetime.combine(days[0], datetime.min.time(), tzinfo=zone)
     metered = Usage.objects.filter(team=caller.team, at__gte=since)
+    names = {a.pk: agent_name(a) for a in Agent.objects.filter(team=caller.team).select_related("person")}
     lines = [
-        {"day": day, "agent": agent, "backend": backend, "duration_us": duration, "cost_nano_usd": cost}
+        {"day": day, "agent": names[agent], "backend": backend, "duration_us": duration, "cost_nano_usd": cost}
         for day, agent, backend, duration, cost in metered.annotate(day=TruncDate("at", tzinfo=zone))
-        .values_list("day", "agent__name", "backend")
+        .values_list("day", "agent", "backend")
         .annotate(duration=Sum("duration_us"), cost=Sum("cost_nano_usd"))
         .order_by("-day", "agent__name", "backend")
     ]
-    by_day = {day: 0 for day in days}
+    by_day = dict.fromkeys(days, 0)
     for line in lines:
         by_day[line["day"]] = by_day.get(line["day"], 0) + line["cost_nano_usd"]
     midnight = datetime.combine(today, datetime.min.time(), tzinfo=zone)
@@ -254,7 +254,7 @@ def _bars(by_day: dict) -> list[dict[str, Any]]:
 def _quota_line(quota: Quota) -> dict[str, Any]:
     used = quotas.in_use(quota)
     write = usd if quota.unit == Unit.NANO_USD else lambda n: f"{n:,}"
-    what = "Spend" if quota.unit == Unit.NANO_USD else quota.get_unit_display()
+    what = "Spend" if quota.unit == Unit.NANO_USD else quota.get_unit_display().capitalize()
     return {
         "scope": quota.scope_name,
         "what": what if quota.window == "total" else f"{what} per {quota.window}",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from channels.auth import AuthMiddlewareStack
-from channels.routing import URLRouter
 from django.urls import path
 
 from executions.console import acts, consumers, files, pages, sign_in
@@ -29,11 +27,7 @@ urlpatterns = [
     path("sign-out", sign_in.out),
 ]
 
-websocket = AuthMiddlewareStack(
-    URLRouter(
-        [
-            path("ws/sessions/<str:session_id>", consumers.SessionSocket.as_asgi()),
-            path("ws/executions/<str:execution_id>", consumers.ExecutionSocket.as_asgi()),
-        ]
-    )
-)
+websocket_urlpatterns = [
+    path("ws/sessions/<str:session_id>", consumers.SessionSocket.as_asgi()),
+    path("ws/executions/<str:execution_id>", consumers.ExecutionSocket.as_asgi()),
+]

@@ -60,7 +60,7 @@ function tabs(list: HTMLElement): void {
 }
 
 const THEN = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
-const AGO = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
+const AGO = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "narrow" });
 
 /** Moments: how long ago, with the exact local time on hover. */
 function moments(): void {

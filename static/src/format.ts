@@ -5,9 +5,10 @@ export function usd(amount: number): string {
   return `$${amount.toFixed(digits).replace(/0+$/, "")}`;
 }
 
-/** `0.21 s`, `3.2 s`, `2:05` (minutes and seconds). */
+/** `4 ms`, `0.21 s`, `3.2 s`, `2:05` (minutes and seconds). */
 export function duration(ms: number): string {
   const seconds = ms / 1000;
+  if (seconds < 0.1) return `${Math.round(ms)} ms`;
   if (seconds < 1) return `${seconds.toFixed(2)} s`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   return clock(seconds);

@@ -16,6 +16,8 @@ const ORDER: [mime: string, label: string][] = [
 ];
 
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {
+  if (node.nodeName === "IMG" && !/^data:image\//i.test(node.getAttribute("src") ?? "")) node.removeAttribute("src"); // asks nobody
+  node.removeAttribute("srcset");
   if (node.nodeName === "A") {
     node.setAttribute("target", "_blank");
     node.setAttribute("rel", "noopener noreferrer");
@@ -28,7 +30,7 @@ function clean(html: string): { content: DocumentFragment; active: boolean } {
     RETURN_DOM_FRAGMENT: true,
     USE_PROFILES: { html: true },
     FORBID_TAGS: ["style", "form", "input", "button", "textarea", "select", "option", "dialog", "audio", "video", "base", "link", "meta"],
-    FORBID_ATTR: ["style", "id", "name", "class", "is", "slot", "part", "tabindex", "accesskey", "popover", "contenteditable", "autofocus"],
+    FORBID_ATTR: ["style", "id", "name", "class", "is", "slot", "part", "tabindex", "accesskey", "popover", "contenteditable", "autofocus", "border", "bgcolor", "background"],
     ALLOW_DATA_ATTR: false,
     ALLOW_ARIA_ATTR: false,
   });
@@ -96,7 +98,7 @@ function parsed(text: string): unknown {
 
 /** Interactive output runs only on request, in a frame of an origin of its own that reaches neither page nor network. */
 function framing(url: string): HTMLElement {
-  const open = el("button", { type: "button", class: "quiet" }, "Show the interactive version in an isolated frame");
+  const open = el("button", { type: "button" }, "Show the interactive version in an isolated frame");
   open.addEventListener("click", () => {
     open.replaceWith(el("iframe", { src: url, sandbox: "allow-scripts", title: "Interactive output", referrerpolicy: "no-referrer" }));
   });
