@@ -17,12 +17,14 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ")  # never the product's ke
 
 
 def argv(python: Path, *, die_with_parent: bool) -> list[str]:
-    """The command of the node that makes its sandboxes from this interpreter's environment."""
+    """The command of the node that makes its sandboxes from this interpreter's environment.
+
+    `die_with_parent`: it ends when its stdin, a pipe that only the parent holds, is closed.
+    """
     from executions.backends import local
 
     run_dir = settings.SANDBOXES["local"]["OPTIONS"]["RUN_DIR"]
-    command = [str(word) for word in local.command(run_dir, {"default": str(python)})]
-    return [*command, "--die-with-parent"] if die_with_parent else command
+    return local.command(run_dir, {"default": str(python)}, die_with_parent=die_with_parent)
 
 
 def scrubbed() -> dict[str, str]:
@@ -36,7 +38,7 @@ async def kept_running(command: list[str]) -> None:
         started = time.monotonic()
         # a session of its own: Ctrl-C on the terminal reaches it through here, in order
         node = await asyncio.create_subprocess_exec(
-            *command, stdin=subprocess.DEVNULL, env=scrubbed(), start_new_session=True
+            *command, stdin=subprocess.PIPE, env=scrubbed(), start_new_session=True
         )
         try:
             code = await node.wait()
@@ -61,7 +63,7 @@ async def ended(node: asyncio.subprocess.Process) -> None:
 @contextlib.contextmanager
 def beside(command: list[str]):
     """The node while this block lasts, for a synchronous parent."""
-    node = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=scrubbed(), start_new_session=True)
+    node = subprocess.Popen(command, stdin=subprocess.PIPE, env=scrubbed(), start_new_session=True)
     try:
         yield node
     finally:
