@@ -17,14 +17,12 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ")  # never the product's ke
 
 
 def argv(python: Path, *, die_with_parent: bool) -> list[str]:
-    """The command of the node that makes its sandboxes from this interpreter's environment.
-
-    `die_with_parent`: it ends when its stdin, a pipe that only the parent holds, is closed.
-    """
+    """The command of the node that makes its sandboxes from this interpreter's environment."""
     from executions.backends import local
 
     run_dir = settings.SANDBOXES["local"]["OPTIONS"]["RUN_DIR"]
-    return local.command(run_dir, {"default": str(python)}, die_with_parent=die_with_parent)
+    command = local.command(run_dir, {"default": str(python)})
+    return [*command, "--die-with-parent"] if die_with_parent else command
 
 
 def scrubbed() -> dict[str, str]:

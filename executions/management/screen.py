@@ -10,7 +10,7 @@ from executions.backends.base import Check
 from executions.operations import FirstStart
 
 
-def first(start: FirstStart) -> str:
+def first(start: FirstStart, local: str) -> str:
     """Everything a newcomer types next. Shown once: it holds the one key and the one link."""
     url, key = settings.PUBLIC_URL, start.token
     return f"""
@@ -35,16 +35,18 @@ export E2B_API_URL={url}/e2b
 export E2B_SANDBOX_URL={url}/e2b
 export E2B_API_KEY=e2b_{key.removeprefix("sg_")}
 
+{local}
 {e2b()}
 Ctrl-C ends it; make run starts it again."""
 
 
-def again() -> str:
+def again(local: str) -> str:
     """A later start: where things are, without any secret."""
     url = settings.PUBLIC_URL
     return f"""
 Sandgate is running on {url}   (console; operators: /admin/, programs: /api/docs, agents: /mcp)
 Cannot sign in? python manage.py sign_in_link
+{local}
 {e2b()}
 Ctrl-C ends it."""
 

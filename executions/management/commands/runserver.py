@@ -26,7 +26,7 @@ class Command(Daphne):
 
         boot.database()
         first = operations.first_start()
-        self.stdout.write(screen.first(first) if first else screen.again())
+        self.stdout.write(screen.first(first, "") if first else screen.again(""))
         reactor.callWhenRunning(lambda: keep(asyncio.get_event_loop().create_task(operations.background())))
         super().inner_run(*args, **options)
 

@@ -15,7 +15,7 @@ class Command(BaseCommand):
     help = "Run the local runtime's node; it outlives the web. One per machine."
 
     def add_arguments(self, parser: Any) -> None:
-        parser.add_argument("--die-with-parent", action="store_true", help="end when stdin is closed")
+        parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
         parser.add_argument("--prepare", action="store_true", help="make the sandboxes' environment, print it and stop")
 
     def handle(self, **options: Any) -> None:

@@ -8,10 +8,12 @@ import logging
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 import structlog
 import uvicorn
+from django.conf import settings
 from django.core.management.base import BaseCommand
 
 from executions import backends, hop, operations
@@ -34,7 +36,6 @@ class Command(BaseCommand):
         python = None if options["no_node"] else boot.template_python()
         command = node.argv(python, die_with_parent=True) if python else None
         first = operations.first_start()  # last, as its key is shown once
-        text = screen.first(first) if first else screen.again()
 
         config = uvicorn.Config(
             "config.asgi:application",
@@ -49,26 +50,18 @@ class Command(BaseCommand):
             proxy_headers=False,
             timeout_graceful_shutdown=3,  # an open stream must not keep the process
         )
-        server = Serving(config, text)
+        server = Serving(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)  # uvicorn raises what it caught again: exit code 0, not 143
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            ended_well = runner.run(serve(server, listening, command))
+            ended_well = runner.run(serve(server, listening, command, first))
         hop.close()
         if not ended_well:
             sys.exit(1)
 
 
 class Serving(uvicorn.Server):
-    """uvicorn, with a word once it answers."""
-
-    def __init__(self, config: uvicorn.Config, text: str) -> None:
-        super().__init__(config)
-        self.text = text
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self.text, flush=True)
+    """uvicorn, ending the runs with it."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for name in ("uvicorn.error", "asyncio"):  # streams that are cut off now are cut off on purpose
@@ -78,12 +71,15 @@ class Serving(uvicorn.Server):
         await draining
 
 
-async def serve(server: Serving, listening: socket.socket, command: list[str] | None) -> bool:
+async def serve(
+    server: Serving, listening: socket.socket, command: list[str] | None, first: operations.FirstStart | None
+) -> bool:
     """Serve until a signal; False when a part that must not end has ended by itself."""
     web = asyncio.create_task(server.serve(sockets=[listening]))
     beside = [asyncio.create_task(operations.background())]
     if command:
-        beside += [asyncio.create_task(node.kept_running(command)), asyncio.create_task(tell_walls())]
+        beside.append(asyncio.create_task(node.kept_running(command)))
+    beside.append(asyncio.create_task(tell(first, bool(command))))
     ended, _ = await asyncio.wait([web, beside[0]], return_when=asyncio.FIRST_COMPLETED)
     if web not in ended:
         log.error("The background work ended by itself; so does the server", exc_info=beside[0].exception())
@@ -97,12 +93,14 @@ async def serve(server: Serving, listening: socket.socket, command: list[str] | 
     return web in ended and web.exception() is None
 
 
-async def tell_walls() -> None:
-    """Say which walls stand, as soon as the node can tell."""
-    check = await backends.get("local").check()
-    for _ in range(60):
-        if check.ok:
-            break
-        await asyncio.sleep(0.5)
+async def tell(first: operations.FirstStart | None, node_starts: bool) -> None:
+    """Show the screen once what it says can be typed: when the node answers, or after some seconds without."""
+    local = ""
+    if "local" in settings.SANDBOXES:
         check = await backends.get("local").check()
-    print(screen.walls(check), flush=True)
+        deadline = time.monotonic() + (20 if node_starts else 0)
+        while not check.ok and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+            check = await backends.get("local").check()
+        local = screen.walls(check)
+    print(screen.first(first, local) if first else screen.again(local), flush=True)
