@@ -15,7 +15,7 @@ from executions import journal, operations
 from executions.api.auth import caller_of
 from executions.api.pages import shaped
 from executions.api.problems import answers
-from executions.errors import Invalid, NotFound
+from executions.errors import Invalid
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution
@@ -82,23 +82,11 @@ async def create(request: HttpRequest) -> HttpResponse:
     return response
 
 
-def visible(caller: Caller, execution_id: str) -> Execution:
-    """An execution of the caller's team, and of their agent where the key has one. Raises NotFound."""
-    caller.needs(Scope.READ)
-    found = Execution.objects.select_related("agent", "sandbox", "actor").filter(pk=execution_id, team=caller.team)
-    if caller.key is not None and caller.key.agent_id:
-        found = found.filter(agent=caller.key.agent_id)
-    execution = found.first()
-    if execution is None:
-        raise NotFound(f"There is no execution {execution_id}.")
-    return execution
-
-
 @answers
 async def detail(request: HttpRequest, execution_id: str) -> HttpResponse:
     if request.method not in ("GET", "HEAD"):
         raise Invalid("GET only.", field="method")
-    return answer(await rows(lambda: execution_shape(visible(caller_of(request), execution_id))))
+    return answer(await rows(lambda: execution_shape(operations.find_execution(caller_of(request), execution_id))))
 
 
 @answers
@@ -106,13 +94,13 @@ async def cancel(request: HttpRequest, execution_id: str) -> HttpResponse:
     def find() -> tuple[Caller, Execution, CancelRequest]:
         caller = caller_of(request)
         caller.needs(Scope.RUN)
-        return caller, visible(caller, execution_id), parse(CancelRequest, body_of(request))
+        return caller, operations.find_execution(caller, execution_id), parse(CancelRequest, body_of(request))
 
     if request.method != "POST":
         raise Invalid("POST only.", field="method")
     caller, execution, asked = await rows(find)
     await operations.cancel(execution=execution, caller=caller, reason=asked.reason)
-    return answer(await rows(lambda: execution_shape(visible(caller, execution_id))), 202)
+    return answer(await rows(lambda: execution_shape(operations.find_execution(caller, execution_id))), 202)
 
 
 @answers
@@ -121,7 +109,7 @@ async def events(request: HttpRequest, execution_id: str) -> HttpResponse:
     after = request.headers.get("Last-Event-ID") or request.GET.get("after_seq") or "0"
     if not after.isdigit() or len(after) > 9:
         raise Invalid("after_seq: a whole number.", field="after_seq")
-    execution = await rows(lambda: visible(caller_of(request), execution_id))
+    execution = await rows(lambda: operations.find_execution(caller_of(request), execution_id))
     response = StreamingHttpResponse(_stream(execution, int(after)), content_type="text/event-stream")
     response["Cache-Control"] = "no-store"
     response["X-Accel-Buffering"] = "no"

@@ -2,7 +2,7 @@
 
 from executions.operations.background import background
 from executions.operations.cancel import request_cancel
-from executions.operations.environment import backend_states, environment, limits
+from executions.operations.environment import backend_states, environment, limits, offer
 from executions.operations.install import install
 from executions.operations.reap import reap, retire
 from executions.operations.run import Run, drain, running, start
@@ -18,7 +18,7 @@ from executions.operations.sessions import (
 )
 from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
-from executions.operations.wait import cancel, execute, wait
+from executions.operations.wait import cancel, execute, find_execution, wait
 
 __all__ = [
     "FirstStart",
@@ -31,12 +31,14 @@ __all__ = [
     "environment",
     "execute",
     "extend_session",
+    "find_execution",
     "find_session",
     "first_start",
     "get_file",
     "install",
     "limits",
     "list_files",
+    "offer",
     "open_session",
     "put_file",
     "reap",

@@ -7,7 +7,7 @@ from typing import Any
 from django.utils import timezone
 
 from executions import backends, quotas
-from executions.errors import NoBackend
+from executions.errors import Invalid, NoBackend
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Sandbox
@@ -43,23 +43,18 @@ def limits(*, caller: Caller) -> list[LimitShape]:
     return shapes
 
 
-def environment(*, caller: Caller) -> dict[str, Any]:
-    """Languages, packages, network, limits, remaining budget, live sessions of the caller's agent."""
-    caller.needs(Scope.READ)
-    caller = caller.acting_as(None)
+def offer(caller: Caller) -> dict[str, Any]:
+    """What the caller's agent may use: languages, route, packages, network, times. Needs no scope: it is its own configuration."""
     agent = caller.agent
     assert agent is not None
     languages, route = [], []
     for language in LANGUAGES:
         try:
             planned = plan(caller, asked=None, language=language)
-        except Exception as e:  # not allowed for this agent, or nowhere to be had
-            if not isinstance(e, NoBackend) and getattr(e, "code", "") != "invalid":
-                raise
+        except (Invalid, NoBackend):  # not allowed for this agent, or nowhere to be had
             continue
         languages.append(language)
         route = route or planned.aliases
-    live = Sandbox.objects.open().sessions().filter(agent=agent).select_related("agent", "template")
     return {
         "agent": agent.name,
         "languages": languages,
@@ -69,6 +64,16 @@ def environment(*, caller: Caller) -> dict[str, Any]:
         "packages": {"may_install": agent.packages, "how": "install_package, or POST /sessions/{id}/packages"},
         "network": "off",
         "timeout_seconds": {"default": agent.timeout_seconds, "max": agent.timeout_max_seconds},
+    }
+
+
+def environment(*, caller: Caller) -> dict[str, Any]:
+    """Languages, packages, network, limits, remaining budget, live sessions of the caller's agent."""
+    caller.needs(Scope.READ)
+    caller = caller.acting_as(None)
+    live = Sandbox.objects.open().sessions().filter(agent=caller.agent).select_related("agent", "template")
+    return {
+        **offer(caller),
         "limits": [shape.model_dump(mode="json") for shape in limits(caller=caller)],
         "sessions": [session_shape(sandbox).model_dump(mode="json") for sandbox in live[:20]],
     }

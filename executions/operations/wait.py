@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from executions import journal
+from executions.errors import NotFound
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution
@@ -14,6 +15,7 @@ from executions.operations.cancel import request_cancel
 from executions.operations.run import running, start
 from executions.operations.submit import submit
 from executions.serializers import ExecutionShape, Submission, execution_shape
+from executions.states import Scope
 
 
 async def execute(
@@ -70,6 +72,18 @@ async def wait(execution: Execution, wait_seconds: float | None) -> ExecutionSha
 def _shape(execution_id: str) -> ExecutionShape:
     found = Execution.objects.select_related("sandbox", "agent", "actor").get(pk=execution_id)
     return execution_shape(found)
+
+
+def find_execution(caller: Caller, execution_id: str) -> Execution:
+    """An execution of the caller's team, and of their agent where the key has one. Another's is not found."""
+    caller.needs(Scope.READ)
+    found = Execution.objects.select_related("agent", "sandbox", "actor").filter(pk=execution_id, team=caller.team)
+    if caller.key is not None and caller.key.agent_id:
+        found = found.filter(agent=caller.key.agent_id)
+    execution = found.first()
+    if execution is None:
+        raise NotFound(f"There is no execution {execution_id}.", field="execution_id")
+    return execution
 
 
 async def cancel(*, execution: Execution, caller: Caller | None = None, reason: str = "") -> bool:
