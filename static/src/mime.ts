@@ -24,9 +24,21 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   }
 });
 
-/** Sanitised HTML: no scripts, styles, forms, frames or ids, so that it can neither act nor pose as the console. */
+const ACTIVE = "script, iframe, object, embed, svg, canvas, form, video, audio, style:not([scoped])"; // pandas' style is scoped
+
+/**
+ * HTML without scripts, styles, forms, frames or ids, so that it can neither act nor pose as the console. The first
+ * pass, in an inert document, takes away what the page's policy would otherwise report; DOMPurify decides.
+ */
 function clean(html: string): { content: DocumentFragment; active: boolean } {
-  const content = DOMPurify.sanitize(html, {
+  const inert = document.createElement("template");
+  inert.innerHTML = html;
+  const active = inert.content.querySelector(ACTIVE) !== null;
+  for (const element of inert.content.querySelectorAll("*")) {
+    if (/^(script|style)$/i.test(element.tagName)) element.remove();
+    for (const name of element.getAttributeNames()) if (/^(on|style$)/i.test(name)) element.removeAttribute(name);
+  }
+  const content = DOMPurify.sanitize(inert.innerHTML, {
     RETURN_DOM_FRAGMENT: true,
     USE_PROFILES: { html: true },
     FORBID_TAGS: ["style", "form", "input", "button", "textarea", "select", "option", "dialog", "audio", "video", "base", "link", "meta"],
@@ -34,11 +46,8 @@ function clean(html: string): { content: DocumentFragment; active: boolean } {
     ALLOW_DATA_ATTR: false,
     ALLOW_ARIA_ATTR: false,
   });
-  for (const table of content.querySelectorAll("table")) {
-    for (const empty of table.querySelectorAll("thead th:empty")) empty.replaceWith(el("td"));
-  }
-  const active = DOMPurify.removed.some((was) => "element" in was && /^(script|style|iframe|object|embed|svg|canvas|form|video|audio)$/i.test(was.element.nodeName));
-  return { content, active: active && !/^\s*<div>\s*<style scoped>/.test(html) }; // pandas' own style is no loss
+  for (const empty of content.querySelectorAll("thead th:empty")) empty.replaceWith(el("td"));
+  return { content, active };
 }
 
 function imageText(bundle: Bundle): string {
