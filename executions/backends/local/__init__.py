@@ -10,9 +10,9 @@ from executions.backends.local.backend import LocalBackend
 __all__ = ["LocalBackend", "command"]
 
 
-def command(run_dir: str | Path, templates: dict[str, str], *, die_with_parent: bool = False) -> list[str]:
-    """The argv that starts the node. With `die_with_parent` give it a pipe as stdin: the node ends when that closes."""
+def command(run_dir: str | Path, templates: dict[str, str]) -> list[str]:
+    """The argv that starts the node, to which --die-with-parent may be added."""
     argv = [sys.executable, "-I", str(Path(__file__).parent / "node"), "--run-dir", str(run_dir)]
     for name, python in templates.items():
         argv += ["--template", f"{name}={python}"]
-    return [*argv, "--die-with-parent"] if die_with_parent else argv
+    return argv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import json
 import os
 import struct
@@ -15,7 +16,15 @@ from urllib.parse import quote
 from executions.backends import wire
 from executions.backends.base import Backend, Capabilities, Check, Event, FileInfo, Handle, Limits, Listed, SandboxSpec
 from executions.backends.local import http
-from executions.errors import BackendError, BackendUnavailable, ContextUnknown, FileRefused, RunTimedOut, SandboxLost, Unsupported
+from executions.errors import (
+    BackendError,
+    BackendUnavailable,
+    ContextUnknown,
+    FileRefused,
+    RunTimedOut,
+    SandboxLost,
+    Unsupported,
+)
 
 ENVD, INTERPRETER = 49983, 49999
 NODE_SECONDS = 60
@@ -47,7 +56,9 @@ class LocalBackend(Backend):
                 finally:
                     writer.close()
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as problem:
-            raise BackendUnavailable(f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node.") from problem
+            raise BackendUnavailable(
+                f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node."
+            ) from problem
         answer = json.loads(line)
         if "error" not in answer:
             return answer
@@ -99,9 +110,6 @@ class LocalBackend(Backend):
         ready = bool(templates) and all(t["state"] == "ready" for t in templates.values())
         return Check(ok=ready, detail="; ".join(said) or "no templates", isolation=self.isolation, walls=found["walls"])
 
-    async def _usage(self, handle: Handle) -> dict[str, int]:
-        return await self._node("usage", sandbox_id=handle["sandbox_id"])
-
     # code
 
     async def run_code(
@@ -141,18 +149,31 @@ class LocalBackend(Backend):
         finally:
             if not ended:
                 await self._stop(handle, context_id or language)
-        yield await self._used(handle, before)
+        for event in await self._used(handle, before):
+            yield event
 
-    async def _used(self, handle: Handle, before: dict[str, int]) -> Event:
-        after = await self._usage(handle)
-        cpu = after["cpu_us"] - before["cpu_us"]
-        return Event("usage", {"cpu_us": max(0, cpu), "peak_memory_bytes": after["peak_memory_bytes"]})
+    async def _usage(self, handle: Handle) -> dict[str, int]:
+        try:
+            return await self._node("usage", sandbox_id=handle["sandbox_id"])
+        except BackendUnavailable as problem:  # the node's end was the sandbox's
+            raise SandboxLost() from problem
+
+    async def _used(self, handle: Handle, before: dict[str, int]) -> list[Event]:
+        """The usage event; none where the sandbox ended right after the code."""
+        try:
+            after = await self._usage(handle)
+        except SandboxLost:
+            return []
+        cpu_us = max(0, after["cpu_us"] - before["cpu_us"])
+        return [Event("usage", {"cpu_us": cpu_us, "peak_memory_bytes": after["peak_memory_bytes"]})]
 
     async def _stop(self, handle: Handle, context: str) -> None:
         """Return when nothing of the run runs any more; a sandbox that does not obey is ended."""
         try:
             async with asyncio.timeout(STOP_SECONDS):
-                async with http.request(handle["dir"], INTERPRETER, "POST", f"/contexts/{quote(context)}/interrupt") as answer:
+                async with http.request(
+                    handle["dir"], INTERPRETER, "POST", f"/contexts/{quote(context)}/interrupt"
+                ) as answer:
                     if answer.status == 200:
                         return
         except TimeoutError:
@@ -178,24 +199,25 @@ class LocalBackend(Backend):
             "connect-timeout-ms": str(int(timeout_seconds * 1000)),
         }
         body = struct.pack(">BI", 0, len(message)) + message
+        decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
         exit_code: int | None = None
         pid = 0
+        deadline = (
+            time.monotonic() + timeout_seconds + STOP_SECONDS
+        )  # the agent stops it; this is for one that does not
         try:
-            async with asyncio.timeout(timeout_seconds + STOP_SECONDS):  # the agent stops it; this is for one that does not
-                async with http.request(
-                    handle["dir"], ENVD, "POST", "/process.Process/Start", headers=headers, body=body
-                ) as answer:
-                    async for envelope in _envelopes(answer):
-                        if error := envelope.get("error"):
-                            if error.get("code") == "deadline_exceeded":
-                                raise RunTimedOut(f"The command ran longer than {timeout_seconds:g} s and was stopped.")
-                            raise BackendError(str(error.get("message", "")), theirs=True)
-                        event = envelope.get("event", {})
-                        pid = event.get("start", {}).get("pid", pid)
-                        for kind, data in event.get("data", {}).items():
-                            yield Event(kind, {"text": base64.b64decode(data).decode("utf-8", "replace")})
-                        if "end" in event:
-                            exit_code = event["end"].get("exitCode", 0)
+            async with http.request(
+                handle["dir"], ENVD, "POST", "/process.Process/Start", headers=headers, body=body
+            ) as answer:
+                async for envelope in _envelopes(answer, deadline):
+                    if error := envelope.get("error"):
+                        raise _command_refusal(error, timeout_seconds)
+                    event = envelope.get("event", {})
+                    pid = event.get("start", {}).get("pid", pid)
+                    for kind, data in event.get("data", {}).items():
+                        yield Event(kind, {"text": decoders[kind].decode(base64.b64decode(data))})
+                    if "end" in event:
+                        exit_code = event["end"].get("exitCode", 0)
         except TimeoutError:
             await self.kill(handle)
             raise RunTimedOut() from None
@@ -204,7 +226,8 @@ class LocalBackend(Backend):
                 await self._kill_process(handle, pid)
         if exit_code is None:
             raise SandboxLost()
-        yield await self._used(handle, before)
+        for event in await self._used(handle, before):
+            yield event
         yield Event("exit", {"exit_code": exit_code})
 
     async def _kill_process(self, handle: Handle, pid: int) -> None:
@@ -343,12 +366,24 @@ def _event(line: dict[str, Any]) -> Event | None:
     return None
 
 
-async def _envelopes(answer: http.Answer) -> AsyncIterator[dict[str, Any]]:
-    """The messages of a Connect stream. BackendError where the request was refused."""
+def _command_refusal(error: dict[str, Any], timeout_seconds: float) -> BackendError:
+    message = str(error.get("message", ""))
+    if error.get("code") == "deadline_exceeded":
+        return RunTimedOut(f"The command ran longer than {timeout_seconds:g} s and was stopped.")
+    return FileRefused(message) if error.get("code") == "invalid_argument" else BackendError(message)
+
+
+async def _envelopes(answer: http.Answer, deadline: float) -> AsyncIterator[dict[str, Any]]:
+    """The messages of a Connect stream. BackendError where the request was refused, TimeoutError at the deadline."""
     if answer.status != 200:
         raise BackendError((await answer.whole()).decode("utf-8", "replace"))
     held = bytearray()
-    async for piece in answer.pieces():
+    pieces = answer.pieces()
+    while True:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            piece = await anext(pieces, b"")
+        if not piece:
+            return
         held += piece
         while len(held) >= 5:
             size = struct.unpack(">I", held[1:5])[0]

@@ -103,7 +103,9 @@ async def request(
         fields["content-length" if isinstance(body, bytes) else "transfer-encoding"] = (
             str(len(body)) if isinstance(body, bytes) else "chunked"
         )
-        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+        head = (
+            f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+        )
         try:
             writer.write(head.encode("latin-1"))
             if isinstance(body, bytes):
@@ -133,5 +135,7 @@ async def _send_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 async def _head(reader: asyncio.StreamReader) -> Answer:
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     status = int(lines[0].split(" ", 2)[1])
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)
+    }
     return Answer(status, headers, reader)

@@ -70,7 +70,7 @@ class Commands:
             await request.send(_envelope({"event": {"start": {"pid": command.pid}}}))
             try:
                 await asyncio.wait_for(self._stream(command, request), deadline)
-            except (TimeoutError, asyncio.TimeoutError):
+            except TimeoutError:
                 kill(descendants(command.pid) | ({command.pid} if command.status is None else set()))
                 raise ConnectError("deadline_exceeded", "the deadline has passed") from None
         except ConnectError as refusal:
@@ -131,7 +131,7 @@ class Commands:
             while True:
                 try:
                     name, piece = await asyncio.wait_for(command.output.get(), KEEPALIVE_SECONDS)
-                except (TimeoutError, asyncio.TimeoutError):
+                except TimeoutError:
                     await request.send(_envelope({"event": {"keepalive": {}}}))
                     continue
                 if not name:
@@ -148,12 +148,16 @@ class Commands:
     def _list(self, body: dict[str, Any]) -> dict[str, Any]:
         described = []
         for command in self.running.values():
-            described.append({"config": command.config, "pid": command.pid} | ({"tag": command.tag} if command.tag else {}))
+            described.append(
+                {"config": command.config, "pid": command.pid} | ({"tag": command.tag} if command.tag else {})
+            )
         return {"processes": described}
 
     def _signal(self, body: dict[str, Any]) -> dict[str, Any]:
         selector = body.get("process") or {}
-        matching = [c for c in self.running.values() if c.pid == selector.get("pid") or (c.tag and c.tag == selector.get("tag"))]
+        matching = [
+            c for c in self.running.values() if c.pid == selector.get("pid") or (c.tag and c.tag == selector.get("tag"))
+        ]
         if not matching:
             raise ConnectError("not_found", "no such process")
         number = SIGNALS.get(body.get("signal", ""))
@@ -167,7 +171,12 @@ class Commands:
 def _end(status: int) -> dict[str, Any]:
     if os.WIFSIGNALED(status):
         name = signal.strsignal(os.WTERMSIG(status)) or "unknown"
-        return {"exitCode": -1, "exited": False, "status": f"signal: {name.lower()}", "error": f"signal: {name.lower()}"}
+        return {
+            "exitCode": -1,
+            "exited": False,
+            "status": f"signal: {name.lower()}",
+            "error": f"signal: {name.lower()}",
+        }
     code = os.WEXITSTATUS(status)
     end: dict[str, Any] = {"exitCode": code, "exited": True, "status": f"exit status {code}"}
     return end | ({"error": f"exit status {code}"} if code else {})

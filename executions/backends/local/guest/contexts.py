@@ -64,7 +64,9 @@ class Context:
             RUNNERS[self.language](theirs, self.agent.environment(self.cwd))
 
         try:
-            self.pid = fork_guest(self.agent.plan, self.agent.rules, become, keep={theirs.fileno(), out_write, err_write})
+            self.pid = fork_guest(
+                self.agent.plan, self.agent.rules, become, keep={theirs.fileno(), out_write, err_write}
+            )
         finally:
             theirs.close()
             os.close(out_write)
@@ -221,7 +223,7 @@ class Context:
                     break
                 except ProcessLookupError:
                     break
-                except (TimeoutError, asyncio.TimeoutError):
+                except TimeoutError:
                     continue
             if not self.idle.is_set():
                 self.end()
@@ -241,4 +243,3 @@ class Context:
             arrived.cancel()
             idle.cancel()
         self.take()
-

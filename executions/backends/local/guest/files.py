@@ -145,7 +145,10 @@ class _Parts:
                 await self._more()
             lines = bytes(self._held[:end]).decode("utf-8", "replace").split("\r\n")
             del self._held[: end + 2]  # its blank line may begin the delimiter of an empty part
-            yield {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+            yield {
+                name.strip().lower(): value.strip()
+                for name, _, value in (line.partition(":") for line in lines if line)
+            }
 
     async def content(self) -> AsyncIterator[bytes]:
         """The current part's content, up to and without the next delimiter."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from .commands import ConnectError
@@ -38,7 +38,7 @@ def _entry(path: str) -> dict[str, Any]:
         "permissions": stat.filemode(facts.st_mode),
         "owner": _owner(facts.st_uid),
         "group": _owner(facts.st_gid),
-        "modifiedTime": datetime.fromtimestamp(facts.st_mtime, timezone.utc).isoformat().replace("+00:00", "Z"),
+        "modifiedTime": datetime.fromtimestamp(facts.st_mtime, UTC).isoformat().replace("+00:00", "Z"),
     }
     if stat.S_ISLNK(facts.st_mode):
         entry |= {"type": "FILE_TYPE_SYMLINK", "symlinkTarget": os.readlink(path), "permissions": "Lrwxrwxrwx"}

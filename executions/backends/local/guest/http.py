@@ -125,13 +125,17 @@ Handler = Callable[[Request], Awaitable[None]]
 async def _read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request | None:
     try:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), IDLE_SECONDS)
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError, asyncio.TimeoutError):
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
         return None
     first, *lines = head.decode("latin-1").split("\r\n")
     method, target, version = first.split(" ", 2)
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
+    }
     parts = urlsplit(target)
-    request = Request(method, unquote(parts.path), dict(parse_qsl(parts.query, keep_blank_values=True)), headers, reader, writer)
+    request = Request(
+        method, unquote(parts.path), dict(parse_qsl(parts.query, keep_blank_values=True)), headers, reader, writer
+    )
     request.keep_alive = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
     return request
 

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import wire
@@ -170,7 +170,9 @@ async def _arrival(context: Context, request: Request, gone: asyncio.Task) -> No
     arrived = asyncio.ensure_future(context.arrived.wait())
     try:
         while True:
-            done, _ = await asyncio.wait({arrived, gone}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {arrived, gone}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
             if done:
                 return
             await request.send(_line(type="keepalive"))
@@ -206,10 +208,12 @@ def _translated(event: dict[str, Any]) -> bytes:
     """E2B's line for an event of a context; nothing for one that is malformed."""
     match event["type"]:
         case "stdout" | "stderr" as kind:
-            now = datetime.now(timezone.utc).isoformat()
+            now = datetime.now(UTC).isoformat()
             return _line(type=kind, text=_text(event.get("text")), timestamp=now)
         case "result" if isinstance(event.get("mime"), dict):
-            return _line(type="result", is_main_result=event.get("main") is True, **_reserved(wire.to_e2b(event["mime"])))
+            return _line(
+                type="result", is_main_result=event.get("main") is True, **_reserved(wire.to_e2b(event["mime"]))
+            )
         case "error":
             return _line(type="error", **{name: _text(event.get(name)) for name in ("name", "value", "traceback")})
         case "count" if isinstance(event.get("execution_count"), int):

@@ -80,7 +80,9 @@ def descendants(pid: int, since: int = 0) -> set[int]:
     processes = table()
     found = {pid}
     while True:
-        more = {p for p, (parent, session, _) in processes.items() if p not in found and (parent in found or session == pid)}
+        more = {
+            p for p, (parent, session, _) in processes.items() if p not in found and (parent in found or session == pid)
+        }
         if not more:
             break
         found |= more

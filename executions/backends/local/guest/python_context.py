@@ -7,6 +7,7 @@ everything arrives in the order in which it happened, without threads and withou
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import gc
 import importlib
@@ -20,11 +21,16 @@ import termios
 import time
 from typing import Any
 
+from IPython.core.async_helpers import get_asyncio_loop
+
 PRELOADED = ("numpy", "pandas", "matplotlib", "matplotlib.pyplot", "e2b_charts", "orjson")
 WARM_CELLS = {
     "": ["print('x')", "[1, {'a': 2}]", "1/0", "await __import__('asyncio').sleep(0)", "%pwd", "x = 1\nx"],
     "numpy": ["import numpy as np\nnp.arange(4).reshape(2, 2) @ np.ones(2)"],
-    "pandas": ["import pandas as pd\npd.DataFrame({'a': [1, 2], 'b': ['x', None]})", "pd.DataFrame({'a': [1, 2]}).a.sum()"],
+    "pandas": [
+        "import pandas as pd\npd.DataFrame({'a': [1, 2], 'b': ['x', None]})",
+        "pd.DataFrame({'a': [1, 2]}).a.sum()",
+    ],
     "matplotlib.pyplot": ["import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('x')\nplt.show()"],
 }
 
@@ -57,6 +63,7 @@ def warm() -> dict[str, Any]:
     finally:
         sys.stdout = output
     shell.reset(new_session=True)
+    get_asyncio_loop().close()  # a loop must not be shared by forks; each makes its own
     for leftover in ("last_type", "last_value", "last_traceback", "last_exc"):
         vars(sys).pop(leftover, None)
     font_list = _font_list()
@@ -144,6 +151,7 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # the fork shares it with every sandbox of this template
+    asyncio.set_event_loop(get_asyncio_loop())  # not the agent's, which this fork has inherited
     gc.freeze()
     with control.makefile("rb") as requests:
         for line in requests:

@@ -91,7 +91,9 @@ def program(machine: str = linux.MACHINE) -> bytes:
     for numbers in ON_SELF_ONLY.values():
         parts.append(_when(numbers[column], _argument(0), _instruction(EQUAL, 0, 1, 0), _refuse(), allow))
     parts.append(_when(call["clone"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES, 0, 1), _refuse(), allow))
-    parts.append(_when(call["unshare"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES | 0x80, 0, 1), _refuse(), allow))
+    parts.append(
+        _when(call["unshare"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES | 0x80, 0, 1), _refuse(), allow)
+    )
     injection = [step for request in TERMINAL_INJECTION for step in (_instruction(EQUAL, request, 0, 1), _refuse())]
     parts.append(_when(call["ioctl"], _argument(1), *injection, allow))
     for name in ("socket", "socketpair"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,10 @@ class ChartFormatter(BaseFormatter):
     print_method = ObjectName("_repr_e2b_chart_")
     _return_type = dict
 
+    def __call__(self, obj: Any) -> Any:
+        figures = sys.modules.get("matplotlib.figure")  # not registered by type: %matplotlib removes what is
+        return _chart(obj) if figures and isinstance(obj, figures.Figure) else super().__call__(obj)
+
 
 def _frame(frame: Any) -> dict | None:
     if frame.size > CELL_LIMIT or not frame.columns.is_unique:
@@ -106,7 +111,12 @@ def make() -> Shell:
     config.HistoryManager.enabled = False  # its thread would exist at every fork
     config.PlainTextFormatter.max_seq_length = 0
     shell = Shell.instance(
-        config=config, colors="nocolor", displayhook_class=Hook, display_pub_class=Publisher, banner1="", autoindent=False
+        config=config,
+        colors="nocolor",
+        displayhook_class=Hook,
+        display_pub_class=Publisher,
+        banner1="",
+        autoindent=False,
     )
     formatters = shell.display_formatter.formatters
     shell.display_formatter.active_types = list(formatters)
@@ -114,7 +124,6 @@ def make() -> Shell:
         formatters[formatter.format_type] = formatter
         shell.display_formatter.active_types.append(formatter.format_type)
     formatters["e2b/data"].for_type_by_name("pandas", "DataFrame", _frame)
-    formatters["e2b/chart"].for_type_by_name("matplotlib.figure", "Figure", _chart)
     for kind in (dict, list):
         formatters["application/json"].for_type(kind, _json)
     return shell

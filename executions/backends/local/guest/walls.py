@@ -16,7 +16,12 @@ from . import landlock, linux, seccomp
 
 USER = 1000
 INNER = (
-    linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
+    linux.CLONE_NEWUSER
+    | linux.CLONE_NEWNS
+    | linux.CLONE_NEWPID
+    | linux.CLONE_NEWNET
+    | linux.CLONE_NEWIPC
+    | linux.CLONE_NEWUTS
 )
 INODES_PER_MIB = 64
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
@@ -68,7 +73,9 @@ def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
     linux.mount("/tmp/tmp", "/tmp", None, linux.MS_BIND)
     shm = min(64, max(1, limits["memory_mib"] // 4))
     linux.mount("sandbox", "/dev/shm", "tmpfs", flags, f"size={shm}m,nr_inodes=4096,mode=1777,{own}")
-    linux.mount("devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    linux.mount(
+        "devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
+    )
     linux.mount("sandbox", "/run", "tmpfs", flags | linux.MS_RDONLY, "size=4k,mode=755")  # over the zygote's
     for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
         os.makedirs(path, exist_ok=True)

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path[1:1] = []  # this folder alone: it holds `node` and `guest`
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["launch"]:

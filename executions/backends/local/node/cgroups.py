@@ -26,7 +26,9 @@ class Group:
         quota = int(cpu_count * PERIOD_US)
         if self.version == 2:
             self._write("memory", "memory.max", memory_bytes)
-            self._write("memory", "memory.swap.max", 0) if (self.folders["memory"] / "memory.swap.max").exists() else None
+            self._write("memory", "memory.swap.max", 0) if (
+                self.folders["memory"] / "memory.swap.max"
+            ).exists() else None
             self._write("memory", "memory.oom.group", 0)
             self._write("cpu", "cpu.max", f"{quota} {PERIOD_US}")
         else:
@@ -113,7 +115,13 @@ class Tree:
 
     def remove_leftovers(self) -> None:
         """Kill and remove what an earlier node of this name left."""
-        names = {child.name for parent in self.parents.values() if parent.is_dir() for child in parent.iterdir() if child.is_dir()}
+        names = {
+            child.name
+            for parent in self.parents.values()
+            if parent.is_dir()
+            for child in parent.iterdir()
+            if child.is_dir()
+        }
         for name in names:
             group = self._group(name)
             group.folders = {c: f for c, f in group.folders.items() if f.is_dir()}

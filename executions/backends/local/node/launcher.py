@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 
 from guest import linux
 from node import root
@@ -35,7 +34,7 @@ def main(argument: str) -> int:
         try:
             _become_zygote(plan)
         except BaseException as problem:
-            print(f"The sandbox root could not be built: {problem!r}", file=sys.stderr, flush=True)
+            os.write(2, f"The sandbox root could not be built: {problem!r}\n".encode())
         os._exit(1)
     os.close(plan["control"])
     _, status = os.waitpid(child, 0)

@@ -24,7 +24,7 @@ WRITTEN = {
     "etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
     "etc/resolv.conf": "",
     "etc/hostname": "sandbox\n",
-    "etc/profile": "for f in ~/.profile.d/*.sh; do [ -r \"$f\" ] && . \"$f\"; done; unset f\n",
+    "etc/profile": 'for f in ~/.profile.d/*.sh; do [ -r "$f" ] && . "$f"; done; unset f\n',
 }
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
@@ -76,7 +76,9 @@ def build(at: str, shown: list[str]) -> None:
         os.close(descriptor)
     linux.pivot_root(at)
     linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
-    linux.mount("sandgate", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=64m,mode=1777")  # the zygote scribbles
+    linux.mount(
+        "sandgate", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=64m,mode=1777"
+    )  # the zygote scribbles
     linux.harden("/", flags=linux.MS_RDONLY | linux.MS_NOSUID)  # not nodev: the six devices are its children's matter
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Sandbox:
         self.env: dict[str, str] = request.get("env", {})
         self.folder = folder
         self.token = secrets.token_hex(16)
-        self.started_at = datetime.now(timezone.utc).isoformat()
+        self.started_at = datetime.now(UTC).isoformat()
         self.gone = asyncio.Event()
         self.group: Group | None = None
         self.uid: int | None = None
@@ -68,7 +68,9 @@ class Sandbox:
                 self.group = tree.create(self.id)
                 limits = self.limits
                 self.group.limit(
-                    memory_bytes=limits["memory_mib"] << 20, processes=limits["processes"] + 32, cpu_count=limits["cpu_count"]
+                    memory_bytes=limits["memory_mib"] << 20,
+                    processes=limits["processes"] + 32,
+                    cpu_count=limits["cpu_count"],
                 )
             self.uid = block.take() if block is not None else None
             plan = {

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 from pathlib import Path
@@ -48,15 +49,22 @@ class Node:
         self.zygotes = {name: Zygote(name, python, run_dir, uid) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
         self.draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def _tree(self) -> tuple[Tree | None, str]:
         if not self.root:
-            return None, "Control groups need root: memory is watched every 100 ms and rlimits hold instead. Start the node as root."
+            return (
+                None,
+                "Control groups need root: memory is watched every 100 ms and rlimits hold instead. Start the node as root.",
+            )
         name = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:12]
         try:
             return Tree(name), ""
         except OSError as problem:
-            return None, f"Control groups cannot be used ({problem}): memory is watched every 100 ms and rlimits hold instead."
+            return (
+                None,
+                f"Control groups cannot be used ({problem}): memory is watched every 100 ms and rlimits hold instead.",
+            )
 
     # requests
 
@@ -91,7 +99,7 @@ class Node:
             raise Refusal("unavailable", f"This node has no template {name!r}.")
         try:
             await asyncio.wait_for(zygote.settled.wait(), READY_SECONDS)
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             raise Refusal("unavailable", f"Template {name} is still warming up.") from None
         if zygote.state != "ready":
             raise Refusal("unavailable", f"Template {name} is broken: {zygote.detail}")
@@ -103,8 +111,6 @@ class Node:
 
     def _end_soon(self, sandbox: Sandbox) -> None:
         self._background(self._end(sandbox))
-
-    _tasks: set[asyncio.Task] = set()
 
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -232,8 +238,12 @@ async def _run(node: Node, die_with_parent: bool) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    if die_with_parent:  # stdin is a pipe whose other end the parent holds: it closes however the parent ends
-        loop.add_reader(0, lambda: os.read(0, 4096) or (loop.remove_reader(0), ended.set()))
+    if die_with_parent:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:
+            ended.set()  # it was too late
+        if stat.S_ISFIFO(os.fstat(0).st_mode):  # for parents whose threads come and go: the pipe closes with the parent
+            loop.add_reader(0, lambda: os.read(0, 4096) or (loop.remove_reader(0), ended.set()))
     await node.serve(ended)
 
 
@@ -241,16 +251,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sandgate-node", description="Supervise the sandboxes of this machine.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--template", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--die-with-parent", action="store_true", help="end when stdin is closed")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir.absolute()
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chmod(run_dir, 0o700)
-    lock = open(run_dir / "node.lock", "w")
+    lock = os.open(run_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"Another node serves {run_dir}.", file=sys.stderr)
+        sys.stderr.write(f"Another node serves {run_dir}.\n")
         return 1
     templates = dict(item.split("=", 1) for item in options.template)
     asyncio.run(_run(Node(run_dir, templates), options.die_with_parent))

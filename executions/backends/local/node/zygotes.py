@@ -14,7 +14,7 @@ from node import root
 
 WARM_SECONDS = 120
 RETRY_SECONDS = 5
-FACTS = "import json, sys; print(json.dumps({'prefixes': [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]}))"
+FACTS = "import json, sys; sys.stdout.write(json.dumps({'prefixes': [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]}))"
 
 
 class Zygote:
@@ -100,6 +100,6 @@ class Zygote:
         if self._process is not None and self._process.returncode is None:
             try:
                 await asyncio.wait_for(asyncio.shield(self._process.wait()), 2)
-            except (TimeoutError, asyncio.TimeoutError):
+            except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
