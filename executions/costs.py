@@ -5,17 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 
 from django.conf import settings
-from django.db.models import Q
 
-from executions.models import Rate
+from executions.models import Rate, hot
 
 NANO = 1_000_000_000
 
 
 def rate(alias: str, *, cpu_count: int, memory_mib: int, at: datetime) -> int:
     """Nano-dollars for one allocated second of such a sandbox. A price that is not known is the ceiling, never free."""
-    valid = Rate.objects.filter(backend=alias, valid_from__lte=at).filter(Q(valid_to=None) | Q(valid_to__gt=at))
-    prices = dict(valid.order_by("valid_from").values_list("meter", "nano_usd"))
+    prices = hot.prices(alias, at)
     if Rate.VCPU not in prices or Rate.GIB not in prices:
         return settings.RATE_CEILING_NANO_USD_PER_SECOND
     return prices[Rate.VCPU] * cpu_count + -(-prices[Rate.GIB] * memory_mib // 1024)

@@ -14,13 +14,18 @@ from executions.states import SandboxState
 MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provider's timeout includes it
 
 
-def intend(caller: Caller, *, alias: str, template: Template, seconds: int, **fields) -> Sandbox:
-    """Reserve the worst case and insert a BOOTING row for it. Raises BudgetExhausted. Call it in the verb's transaction."""
+def intend(
+    caller: Caller, *, alias: str, template: Template, seconds: int, executions: int = 0, **fields
+) -> Sandbox:
+    """Reserve the worst case and insert a BOOTING row for it, counting `executions` against the same quotas.
+
+    Raises BudgetExhausted, QuotaExceeded. Call it in the verb's transaction.
+    """
     now = timezone.now()
     seconds += MARGIN_SECONDS
     rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=template.memory_mib, at=now)
     fits = f"One second costs {costs.usd(rate)}; {MARGIN_SECONDS} s are added for boot and settling."
-    budgets = quotas.take(caller, nano_usd=rate * seconds, fits=fits)
+    budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
     sandbox = Sandbox.born(
         SandboxState.BOOTING,
         team=caller.team,

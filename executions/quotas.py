@@ -5,16 +5,17 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
+from django.db import connection
 from django.db.models import F, Q, QuerySet
 from django.utils import timezone
 
 from executions.costs import usd
 from executions.errors import BudgetExhausted, QuotaExceeded
 from executions.keys import Caller
-from executions.models import Execution, Quota, Sandbox
+from executions.models import Quota, hot
 from executions.states import Unit, Window
 
-CONCURRENT = {Unit.CONCURRENT_EXECUTIONS: Execution, Unit.CONCURRENT_SANDBOXES: Sandbox}
+CONCURRENT = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
 
 
 def of(caller: Caller) -> QuerySet[Quota]:
@@ -92,18 +93,18 @@ def settle(budgets: list[int], *, release: int = 0, spend: int = 0) -> None:
 
 def in_use(quota: Quota) -> int:
     """What counts against a quota now: open rows for the concurrent units, the counter for the others."""
-    model = CONCURRENT.get(quota.unit)
-    if model is None:
+    table = CONCURRENT.get(quota.unit)
+    if table is None:
         return quota.used
-    rows = model.objects.open()
     for scope in ("key", "agent", "team"):
-        if getattr(quota, f"{scope}_id"):
-            return rows.filter(**{f"{scope}_id": getattr(quota, f"{scope}_id")}).count()
-    return rows.count()
+        if owner := getattr(quota, f"{scope}_id"):
+            return hot.count_open(table, scope, owner)
+    return hot.count_open(table, None, None)
 
 
 def _take_open(quota: Quota, asked: int) -> None:
-    Quota.objects.select_for_update().get(pk=quota.pk)  # serialises PostgreSQL; SQLite's transaction already is
+    if connection.features.has_select_for_update:  # SQLite's transaction is alone already
+        Quota.objects.select_for_update().get(pk=quota.pk)
     used = in_use(quota)
     if used + asked > quota.limit:
         raise QuotaExceeded(

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Self
 from django.db import models, transaction
 from django.utils import timezone
 
+from executions.models import hot
+
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
@@ -77,7 +79,7 @@ class HasLifecycle(models.Model):
         fields["state"] = states[-1]
         if states[-1] in self.ENDED:
             fields.setdefault("ended_at", timezone.now())
-        with transaction.atomic():
+        with transaction.atomic(savepoint=False):
             unmoved = type(self)._base_manager.filter(pk=self.pk, state=before)
             if unmoved.update(**fields) != 1:
                 raise IllegalTransition(f"{self.pk}: {before} → {states[-1]}: somebody else moved it first.")
@@ -86,10 +88,5 @@ class HasLifecycle(models.Model):
             self._record((before, *states), reason)
 
     def _record(self, path: tuple[str, ...], reason: str) -> None:
-        from executions.models.records import Transition
-
-        now = timezone.now()
-        Transition.objects.bulk_create(
-            Transition(**{f"{self.SUBJECT}_id": self.pk}, before=here, after=there, reason=reason, at=now)
-            for here, there in zip(path, path[1:], strict=False)
-        )
+        steps = zip(path, path[1:], strict=False)
+        hot.insert_transitions(self.SUBJECT, self.pk, steps, reason, timezone.now())

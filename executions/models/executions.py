@@ -23,11 +23,15 @@ class Execution(HasLifecycle):
     NEXT, ENDED, SUBJECT = EXECUTION_NEXT, EXECUTION_ENDED, "execution"
 
     id = IdField(prefix="exe")
-    team = models.ForeignKey(Team, models.PROTECT, related_name="executions")
-    agent = models.ForeignKey(Agent, models.PROTECT, related_name="executions")
-    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="executions")
-    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="executions")
-    sandbox = models.ForeignKey(Sandbox, models.PROTECT, null=True, blank=True, related_name="executions")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="executions", db_index=False)
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="executions", db_index=False)
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False)
+    actor = models.ForeignKey(
+        User, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False
+    )
+    sandbox = models.ForeignKey(
+        Sandbox, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False
+    )
     state = models.CharField(max_length=10, choices=ExecutionState, default=ExecutionState.QUEUED, editable=False)
     language = models.CharField(max_length=12, default="python")
     code = models.TextField()
@@ -68,8 +72,12 @@ class Execution(HasLifecycle):
     objects = ExecutionQuerySet.as_manager()
 
     class Meta:
+        # Without the second column SQLite takes a wider index and reads the team's whole history for a count.
         indexes = [
-            models.Index(fields=["agent"], condition=Q(ended_at__isnull=True), name="execution_open_of_agent"),
+            models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_team"),
+            models.Index(fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_agent"),
+            models.Index(fields=["key", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_key"),
+            models.Index(fields=["agent", "-created_at"], name="execution_of_agent"),
             models.Index(fields=["heartbeat_at"], condition=Q(ended_at__isnull=True), name="execution_open"),
             models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
             models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
@@ -96,7 +104,7 @@ class Execution(HasLifecycle):
 class Attempt(models.Model):
     """One try of an execution on one backend."""
 
-    execution = models.ForeignKey(Execution, models.CASCADE, related_name="attempts")
+    execution = models.ForeignKey(Execution, models.CASCADE, related_name="attempts", db_index=False)
     number = models.PositiveSmallIntegerField()
     backend = models.CharField(max_length=40)
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, null=True, blank=True, related_name="attempts")

@@ -51,7 +51,7 @@ class LedgerEntry(models.Model):
 
     RESERVE, RELEASE, SPEND = "reserve", "release", "spend"
 
-    team = models.ForeignKey(Team, models.PROTECT, related_name="+")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="+", db_index=False)
     quota = models.ForeignKey(Quota, models.SET_NULL, null=True, related_name="entries")
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="ledger")
     execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="ledger")
@@ -72,8 +72,8 @@ class Usage(models.Model):
 
     RUN, BOOT, IDLE = "run", "boot", "idle"
 
-    team = models.ForeignKey(Team, models.PROTECT, related_name="+")
-    agent = models.ForeignKey(Agent, models.PROTECT, related_name="+")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="+", db_index=False)
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="+", db_index=False)
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="usage")
     execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="usage")
     backend = models.CharField(max_length=40)

@@ -49,11 +49,11 @@ class Sandbox(HasLifecycle):
     NEXT, ENDED, SUBJECT = SANDBOX_NEXT, SANDBOX_ENDED, "sandbox"
 
     id = IdField(prefix="sbx")
-    team = models.ForeignKey(Team, models.PROTECT, related_name="sandboxes")
-    agent = models.ForeignKey(Agent, models.PROTECT, related_name="sandboxes")
-    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="+")
-    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="+")
-    template = models.ForeignKey(Template, models.PROTECT, related_name="+")
+    team = models.ForeignKey(Team, models.PROTECT, related_name="sandboxes", db_index=False)
+    agent = models.ForeignKey(Agent, models.PROTECT, related_name="sandboxes", db_index=False)
+    key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="+", db_index=False)
+    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="+", db_index=False)
+    template = models.ForeignKey(Template, models.PROTECT, related_name="+", db_index=False)
     backend = models.CharField(max_length=40)
     isolation = models.CharField(max_length=12, default="none")
     handle = models.JSONField(null=True, blank=True, editable=False)
@@ -84,7 +84,9 @@ class Sandbox(HasLifecycle):
         indexes = [
             models.Index(fields=["leased_until"], condition=Q(ended_at__isnull=True), name="sandbox_open"),
             models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
-            models.Index(fields=["agent"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"),
+            models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_team"),
+            models.Index(fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"),
+            models.Index(fields=["key", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_key"),
         ]
         constraints = [
             models.CheckConstraint(condition=Q(state__in=SandboxState.values), name="sandbox_state_known"),

@@ -73,7 +73,6 @@ def _admit(caller: Caller, request: SessionRequest, token: str | None) -> tuple[
     fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     if token and (earlier := replay(agent, token, fingerprint)):
         return earlier, []
-    quotas.take(caller, sandboxes=1)
     route = routes.plan(caller, asked=request.route, language="python")
     sandbox = _intent(caller, request, route.aliases[0])
     if token:

@@ -54,9 +54,9 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     most = min(agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS)
     if timeout > most:
         raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
-    quotas.take(caller, executions=1, sandboxes=0 if request.session_id else 1)
     is_command = request.script_path is not None
     if request.session_id:
+        quotas.take(caller, executions=1)
         sandbox = claim_session(caller, request.session_id)
         route = routes.plan(caller, asked=[sandbox.backend], language=request.language, commands=is_command)
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
@@ -65,7 +65,9 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     else:
         route = routes.plan(caller, asked=request.route, language=request.language, commands=is_command)
         template = find_template(agent, request.template)
-        sandbox = pool.intend(caller, alias=route.aliases[0], template=template, seconds=timeout, env=template.env)
+        sandbox = pool.intend(
+            caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env
+        )
         path = (E.QUEUED, E.STARTING)
     now = timezone.now()
     code = _command_line(request) if is_command else request.code or ""
