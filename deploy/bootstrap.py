@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 
@@ -79,6 +80,9 @@ def install_uv(pin):
 def install(lock):
     path = os.path.join(HOME, lock)
     with_uv = [UV, "pip", "install", "-q", "--compile-bytecode", "--python", PYTHON, "-r", path]
+    known = ssl.get_default_verify_paths()
+    if known.cafile or (known.capath and os.listdir(known.capath)):
+        with_uv.append("--system-certs")  # an organisation's own proxy is trusted by the machine, not by uv
     if subprocess.run(with_uv, stdin=subprocess.DEVNULL).returncode:
         say("uv cannot (above); pip tries, with the index and the proxy that it is set up for.")
         run([PYTHON, "-m", "pip", "install", "-q", "--require-hashes", "-r", path])

@@ -18,6 +18,7 @@ from django.conf import settings
 from django.db import transaction
 
 from executions import backends, packages
+from executions.backends.local.environment import uv_environ
 from executions.errors import InstallFailed, PackageDenied, SessionGone
 from executions.hop import rows
 from executions.keys import Caller
@@ -139,7 +140,7 @@ def _fetch(folder: Path, requirements: list[str], version: str, present: dict[st
 
 def _run(*argv: str) -> None:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=UV_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=UV_SECONDS, stdin=subprocess.DEVNULL, env=uv_environ())
     except subprocess.TimeoutExpired as e:
         raise InstallFailed(f"The package index did not answer within {UV_SECONDS} s.") from e
     if done.returncode:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,9 +46,7 @@ def make(under: Path, lock: Path = DEFAULT_LOCK, say: Callable[[str], object] = 
             )
         say(f"Installing the sandboxes' packages into {home} (once, about 500 MB).")
         shutil.rmtree(home, ignore_errors=True)  # an earlier attempt that was cut short
-        base = getattr(sys, "_base_executable", sys.executable)
-        _uv("venv", "--no-python-downloads", "--python", base, str(home))
-        _uv("pip", "install", "--require-hashes", "--compile-bytecode", "--python", str(python), "-r", str(lock))
+        _install(python, lock)
         _stamp(python).touch()
     return python
 
@@ -55,15 +55,38 @@ def _stamp(python: Path) -> Path:
     return python.parent.parent / "made"
 
 
-def _uv(*words: str) -> None:
+def uv_environ() -> dict[str, str]:
+    """The variables for uv: it trusts what this machine trusts (an organisation's own proxy, say), where that is known."""
+    known = ssl.get_default_verify_paths()
+    trusts = known.cafile or (known.capath and any(Path(known.capath).iterdir()))
+    return {**os.environ, "UV_SYSTEM_CERTS": "true"} if trusts else dict(os.environ)
+
+
+def _install(python: Path, lock: Path) -> None:
+    """With uv in seconds; with pip where uv cannot, as pip knows this machine's index, proxy and certificates."""
     from uv import find_uv_bin
 
+    base = getattr(sys, "_base_executable", sys.executable)
+    uv, pip = [find_uv_bin(), "--quiet", "--no-config"], [sys.executable, "-m", "pip", "--python", str(python)]
+    hashes = ["--require-hashes", "-r", str(lock)]
+    _run([*uv, "venv", "--no-python-downloads", "--python", base, str(python.parent.parent)])
+    try:
+        _run([*uv, "pip", "install", "--compile-bytecode", "--python", str(python), *hashes])
+    except BackendUnavailable:
+        _run([*pip, "install", "--quiet", "--disable-pip-version-check", *hashes])
+
+
+def _run(command: list[str]) -> None:
     done = subprocess.run(
-        [find_uv_bin(), *words, "--quiet", "--no-config"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=uv_environ(),
+    )
     if done.returncode:
         raise BackendUnavailable(
             f"The sandboxes' packages could not be installed.\n{done.stdout.strip()[-2000:]}",
-            remedy="see that a package index can be reached (UV_INDEX_URL, HTTPS_PROXY), then start again",
+            remedy="see that a package index can be reached (PIP_INDEX_URL, HTTPS_PROXY), then start again",
         )
