@@ -15,6 +15,8 @@ from channels.routing import ProtocolTypeRouter, URLRouter
 from channels.security.websocket import AllowedHostsOriginValidator
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
 
+from executions.gateway import data as e2b
+from executions.mcp import door as mcp  # the SDK itself is imported at the first request
 from executions.urls import websocket_urlpatterns
 
 pages = ASGIStaticFilesHandler(django)
@@ -23,6 +25,10 @@ pages = ASGIStaticFilesHandler(django)
 async def http(scope, receive, send):
     """A path switch before Django: each request pays only for what its own door needs."""
     path = scope["path"]
+    if path in ("/mcp", "/mcp/"):
+        return await mcp.application(scope, receive, send)
+    if e2b.is_for(path):
+        return await e2b.data(scope, receive, send)
     if path.startswith("/static/"):
         return await pages(scope, receive, send)
     return await django(scope, receive, send)
@@ -37,6 +43,7 @@ async def lifespan(scope, receive, send):
         elif message["type"] == "lifespan.shutdown":
             from executions import backends
 
+            await mcp.app.close()
             await backends.close_all()
             await send({"type": "lifespan.shutdown.complete"})
             return

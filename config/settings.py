@@ -152,6 +152,8 @@ if env.bool("SANDGATE_SCRIPTED", default=False):
 CODE_MAX_BYTES = 1_000_000
 FILE_MAX_BYTES = env.int("SANDGATE_FILE_MAX_BYTES", default=256 * 1024 * 1024)
 EXECUTION_TIMEOUT_MAX_SECONDS = env.int("SANDGATE_TIMEOUT_MAX_SECONDS", default=3600)
+MCP_ANSWER_SECONDS = 45.0  # a tool call has answered by then: clients give up at 60
+MCP_PROGRESS_SECONDS = 2.0  # between two words about progress, where the client asked for them
 HEARTBEAT_SECONDS = 10  # a runner that has not been heard of for three of these is dead
 BACKGROUND_SECONDS = 2.0  # how often the background loop looks
 RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)

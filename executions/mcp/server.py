@@ -1,0 +1,146 @@
+"""The SDK's side: a server that lists and calls tools for whoever asks, over HTTP or standard input and output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import structlog
+from django.conf import settings
+from mcp.server.lowlevel.server import Server
+from mcp.server.stdio import stdio_server
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.server.transport_security import TransportSecuritySettings
+from mcp_types import (
+    CallToolRequestParams,
+    CallToolResult,
+    ImageContent,
+    ListToolsResult,
+    PaginatedRequestParams,
+    TextContent,
+    Tool,
+    ToolAnnotations,
+)
+
+from executions import operations
+from executions.errors import SandgateError
+from executions.hop import rows
+from executions.keys import Caller
+from executions.mcp import answers, tools
+from executions.mcp.call import Call
+
+log = structlog.get_logger(__name__)
+INSTRUCTIONS = (
+    "Run code in isolated sandboxes. execute_code returns a session_id: pass it again to keep variables and files. "
+    "Errors begin with a code and say what to do; get_environment tells languages, limits and the budget that is left."
+)
+# The low-level Server, and not MCPServer: lists differ per caller, arguments are parsed as at every other door,
+# and MCPServer would configure the root logger.
+_going_on: set[asyncio.Task[Any]] = set()  # the loop alone would let go of calls whose caller went away
+
+
+def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
+    """`caller_of(context)` is the Caller of one request, or awaits to it; `cancels`: a cancelled call ends its run."""
+
+    async def caller_in(context: Any) -> Caller:
+        found = caller_of(context)
+        return await found if asyncio.iscoroutine(found) else found
+
+    async def list_tools(context: Any, params: PaginatedRequestParams | None) -> ListToolsResult:
+        caller = await caller_in(context)
+        assert caller.agent is not None
+        offer = await rows(operations.offer, caller)
+        said = tools.words(offer)
+        return ListToolsResult(
+            tools=[
+                Tool(
+                    name=name,
+                    title=tool.title,
+                    description=tool.description.format_map(said),
+                    input_schema=tools.input_schema(tool, offer),
+                    output_schema=tools.output_schema(tool),
+                    annotations=ToolAnnotations(
+                        title=tool.title,
+                        read_only_hint=tool.reads_only,
+                        destructive_hint=tool.destroys,
+                        open_world_hint=False,
+                    ),
+                )
+                for name, tool in tools.seen_by(caller.agent).items()
+            ]
+        )
+
+    async def call_tool(context: Any, params: CallToolRequestParams) -> CallToolResult:
+        async def work() -> CallToolResult:
+            try:
+                caller = await caller_in(context)
+                call = Call(caller, report=reporter(context), cancels=cancels)
+                return as_result(await tools.answer(call, params.name, params.arguments or {}))
+            except SandgateError as e:  # the key of a stdio server was revoked
+                return as_result(answers.refusal(e, ""))
+            except Exception:
+                log.exception("tool_failed", tool=params.name)
+                return as_result(answers.refusal(SandgateError("Something broke on our side."), ""))
+
+        task = asyncio.create_task(work())  # a task of its own: a caller that goes away ends nothing
+        _going_on.add(task)
+        task.add_done_callback(_going_on.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if cancels:
+                task.cancel()
+            raise
+
+    return Server(
+        "sandgate",
+        title="Sandgate",
+        version="0.1.0",
+        instructions=INSTRUCTIONS,
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+        get_tool_input_schema=lambda name: None,  # no argument is mirrored in a header
+    )
+
+
+def reporter(context: Any) -> Callable[[float, str], Any] | None:
+    """Tells the client about progress, where it asked for it; a client that is gone is no failure."""
+    if (context.meta or {}).get("progress_token") is None:
+        return None
+
+    async def report(seconds: float, message: str) -> None:
+        with contextlib.suppress(Exception):
+            await context.session.report_progress(round(seconds, 1), None, message)
+
+    return report
+
+
+def as_result(answer: answers.Answer) -> CallToolResult:
+    images = [ImageContent(data=data, mime_type=kind) for kind, data in answer.images]
+    return CallToolResult(
+        content=[TextContent(text=answer.text), *images],
+        structured_content=answer.structured,
+        is_error=answer.is_error,
+    )
+
+
+@contextlib.asynccontextmanager
+async def over_http(*, caller_of: Callable[[Any], Any]) -> AsyncIterator[Any]:
+    """The ASGI app, while its task group lives. Stateless: any process answers any request."""
+    manager = StreamableHTTPSessionManager(
+        build(caller_of, cancels=False),
+        stateless=True,
+        security_settings=TransportSecuritySettings(enable_dns_rebinding_protection=False),  # the door has looked
+        max_request_body_size=settings.DATA_UPLOAD_MAX_MEMORY_SIZE,
+    )
+    async with manager.run():
+        yield manager.handle_request
+
+
+async def over_stdio(*, caller_of: Callable[[Any], Any]) -> None:
+    """Serve one client on standard input and output until it closes them."""
+    server = build(caller_of, cancels=True)
+    async with stdio_server() as (incoming, outgoing):
+        await server.run(incoming, outgoing, server.create_initialization_options())

@@ -1,0 +1,180 @@
+"""Tools that keep a sandbox: sessions, packages, and what the agent can count on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Annotated, Any
+
+from django.utils import timezone
+from pydantic import BaseModel, Field
+
+from executions import operations, routes
+from executions.errors import BackendUnavailable, BudgetExhausted, Unsupported
+from executions.hop import rows
+from executions.keys import Caller
+from executions.mcp import answers
+from executions.mcp.answers import Answer
+from executions.mcp.call import Call, SessionId
+from executions.models import Package, Sandbox
+from executions.serializers import (
+    Accepted,
+    InstallRequest,
+    PackageShape,
+    SessionRequest,
+    SessionShape,
+    package_shape,
+    session_shape,
+)
+
+SESSION_SECONDS = 1800  # a session of an agent ends so long after its last run began …
+IDLE_SECONDS = 300  # … or when nothing has run in it for so long
+OPENED_HERE = {"opened_by": "execute_code"}
+
+
+async def open_for(call: Call, language: str, token: str | None) -> str:
+    """A session that has the language; the same one for a repeated token. Raises Refused, BackendUnavailable."""
+    route = await rows(routes.plan, call.caller, asked=None, language=language)
+    request = SessionRequest(
+        route=route.aliases,
+        timeout_seconds=SESSION_SECONDS,
+        idle_timeout_seconds=IDLE_SECONDS,
+        metadata=OPENED_HERE,
+    )
+    own = f"session-{hashlib.sha256(token.encode()).hexdigest()}" if token else None
+    opening = asyncio.ensure_future(operations.open_session(caller=call.caller, request=request, idempotency_key=own))
+    await asyncio.wait({opening}, timeout=call.left())
+    while opening.done() and (sandbox := opening.result()).handle is None and not sandbox.ended_at and call.left():
+        await asyncio.sleep(0.1)  # its twin is still booting it
+        await rows(sandbox.refresh_from_db)
+    if not opening.done() or opening.result().handle is None and not opening.result().ended_at:
+        raise BackendUnavailable(
+            "The sandbox is still booting; the code has not run.",
+            remedy="get_environment lists it as a live session when it is ready: run the code there.",
+        )
+    return opening.result().pk
+
+
+async def keep_open(caller: Caller, session_id: str, timeout_seconds: int | None) -> None:
+    """A session that execute_code opened lasts as long as it is used. Raises what the verb does when no time is left to run."""
+
+    def seconds_left() -> float | None:
+        sandbox = operations.find_session(caller, session_id)
+        if sandbox.ended_at or sandbox.metadata != OPENED_HERE:
+            return None  # whoever opened it said when it ends
+        return (sandbox.leased_until - timezone.now()).total_seconds()
+
+    assert caller.agent is not None
+    needed = timeout_seconds or caller.agent.timeout_seconds
+    left = await rows(seconds_left)
+    if left is None or left > max(needed, SESSION_SECONDS / 2):
+        return
+    try:
+        await operations.extend_session(caller=caller, session_id=session_id, seconds=SESSION_SECONDS)
+    except BudgetExhausted:
+        if left < needed:
+            raise
+
+
+class EndSession(Accepted):
+    session_id: SessionId
+
+
+async def end_session(call: Call, asked: EndSession) -> Answer:
+    sandbox = await operations.end_session(caller=call.caller, session_id=asked.session_id)
+    shape = await rows(lambda: session_shape(Sandbox.objects.select_related("agent", "template").get(pk=sandbox.pk)))
+    return answers.of(shape, f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}.")
+
+
+class InstallPackage(InstallRequest):
+    packages: list[Annotated[str, Field(max_length=200)]] = Field(
+        min_length=1, max_length=50, description="Names with plain versions, e.g. emoji or polars>=1.0; no URLs or options."
+    )
+    session_id: SessionId | None = None
+
+
+class Installed(BaseModel):
+    """What can be imported now; `state` is "running" while packages are still being fetched."""
+
+    state: str
+    session_id: str
+    packages: list[PackageShape] = []
+
+
+async def install_package(call: Call, asked: InstallPackage) -> Answer:
+    if not asked.session_id:
+        raise Unsupported(
+            "Packages are installed into a session; the agent's future sandboxes get them from its template.",
+            remedy="Pass the session_id that execute_code returned.",
+        )
+    installing = asyncio.ensure_future(
+        operations.install(caller=call.caller, session_id=asked.session_id, requirements=asked.packages)
+    )
+    await asyncio.wait({installing}, timeout=call.left())
+    if not installing.done():
+        _going_on.add(installing)
+        installing.add_done_callback(_let_go)
+        text = f"Still fetching {', '.join(asked.packages)}; ask again with the same packages."
+        return answers.of(Installed(state="running", session_id=asked.session_id), text)
+    shapes = [package_shape(package) for package in installing.result()]
+    names = ", ".join(f"{p.name} {p.version}".strip() for p in shapes)
+    return answers.of(
+        Installed(state="installed", session_id=asked.session_id, packages=shapes),
+        f"Importable now: {names}. session_id: {asked.session_id}",
+    )
+
+
+_going_on: set[asyncio.Future[Any]] = set()
+
+
+def _let_go(installing: asyncio.Future[Any]) -> None:
+    _going_on.discard(installing)
+    if not installing.cancelled():
+        installing.exception()  # it is told to whoever asks again
+
+
+class GetEnvironment(Accepted):
+    session_id: SessionId | None = None
+
+
+class Environment(BaseModel):
+    """What the agent can count on."""
+
+    agent: str
+    languages: list[str]
+    route: list[str]
+    isolation: dict[str, str]
+    template: str
+    packages: dict[str, Any]
+    network: str
+    timeout_seconds: dict[str, int]
+    limits: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
+    session: SessionShape | None = None
+    installed: list[PackageShape] = Field([], description="What was installed into the session that was named.")
+
+
+async def get_environment(call: Call, asked: GetEnvironment) -> Answer:
+    def look() -> Environment:
+        found = Environment(**operations.environment(caller=call.caller))
+        if asked.session_id:
+            sandbox = operations.find_session(call.caller, asked.session_id)
+            found.session = session_shape(sandbox)
+            found.installed = [package_shape(p) for p in Package.objects.filter(sandbox=sandbox).order_by("name")[:200]]
+        return found
+
+    found = await rows(look)
+    times = found.timeout_seconds
+    lines = [
+        f"agent {found.agent}: {', '.join(found.languages) or 'no language'} on {', '.join(found.route) or 'no backend'}",
+        f"network: {found.network}; packages that may be installed: {', '.join(found.packages['may_install']) or 'none'}",
+        f"a run may take {times['max']} s, {times['default']} s when it does not say",
+    ]
+    for limit in found.limits:
+        left = f"${limit['remaining_usd']}" if limit["remaining_usd"] else limit["remaining"]
+        resets = f", resets {limit['resets_at']}" if limit["resets_at"] else ""
+        lines.append(f"limit of {limit['scope']}: {left} {limit['unit']} per {limit['window']} left{resets}")
+    lines += [f"live session {s['id']} on {s['backend']}, ends {s['end_at']}" for s in found.sessions]
+    if found.installed:
+        lines.append("installed: " + ", ".join(f"{p.name} {p.version}" for p in found.installed))
+    return answers.of(found, "\n".join(lines))

@@ -1,0 +1,178 @@
+"""The table of tools. A description is a template over what the agent is offered, so that no two agents need see the same."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from pydantic import BaseModel
+
+from executions.errors import Invalid, SandgateError
+from executions.mcp import answers, files, running, sessions
+from executions.mcp.answers import Answer
+from executions.mcp.call import Call
+from executions.models import Agent
+from executions.serializers import Accepted, ExecutionShape, SessionShape, parse
+
+
+@dataclass(frozen=True)
+class Tool:
+    """`answer` is given the call and its `arguments`, and says what has `shape` as its structured content."""
+
+    title: str
+    answer: Callable[[Call, Any], Awaitable[Answer]]
+    arguments: type[Accepted]
+    shape: type[BaseModel]
+    description: str
+    reads_only: bool = False
+    destroys: bool = False
+
+
+TOOLS = {
+    "execute_code": Tool(
+        "Run code",
+        running.execute_code,
+        running.ExecuteCode,
+        ExecutionShape,
+        "Run code ({languages}) in an isolated sandbox. Leave out session_id to start fresh; pass the returned one to keep "
+        "variables and files. {network} {packages} A run may take {timeout_max} s; after {answer} s the answer is "
+        "`running` with an execution_id for get_execution. Plots come back as images, DataFrames as data.",
+    ),
+    "run_script": Tool(
+        "Run a script",
+        running.run_script,
+        running.RunScript,
+        ExecutionShape,
+        "Run a file that is already in the session's sandbox (write_file puts one there); never a path on another machine. "
+        "It is a process of its own: the session's variables are not seen.",
+    ),
+    "install_package": Tool(
+        "Install packages",
+        sessions.install_package,
+        sessions.InstallPackage,
+        sessions.Installed,
+        "Make packages importable in this session, without a restart. {packages} They are fetched outside the sandbox.",
+    ),
+    "get_environment": Tool(
+        "Look around",
+        sessions.get_environment,
+        sessions.GetEnvironment,
+        sessions.Environment,
+        "Languages, packages, network, limits, remaining budget, live sessions: read it before planning long work.",
+        reads_only=True,
+    ),
+    "get_execution": Tool(
+        "Look at a run",
+        running.get_execution,
+        running.GetExecution,
+        ExecutionShape,
+        "State and further output of a run that answered `running`; waits up to wait_seconds (at most {answer}) for its end.",
+        reads_only=True,
+    ),
+    "cancel_execution": Tool(
+        "Stop a run",
+        running.cancel_execution,
+        running.CancelExecution,
+        ExecutionShape,
+        "Stop a run and its charges. What it has printed so far is kept.",
+        destroys=True,
+    ),
+    "read_file": Tool(
+        "Read a file",
+        files.read_file,
+        files.ReadFile,
+        files.FilePart,
+        "Read a file of the session's sandbox, from offset_bytes on. An image comes back as an image.",
+        reads_only=True,
+    ),
+    "write_file": Tool(
+        "Write a file",
+        files.write_file,
+        files.WriteFile,
+        files.Written,
+        "Create or replace one file in the session's sandbox, up to 4 MB; folders are made.",
+    ),
+    "list_files": Tool(
+        "List files",
+        files.list_files,
+        files.ListFiles,
+        files.Folder,
+        "List a folder of the session's sandbox.",
+        reads_only=True,
+    ),
+    "end_session": Tool(
+        "End a session",
+        sessions.end_session,
+        sessions.EndSession,
+        SessionShape,
+        "Destroy the session's sandbox and stop its charges. Its variables and files are lost.",
+        destroys=True,
+    ),
+}
+
+
+def seen_by(agent: Agent) -> dict[str, Tool]:
+    """The tools that the agent's configuration gives it; an empty list means all."""
+    return {name: tool for name, tool in TOOLS.items() if not agent.tools or name in agent.tools}
+
+
+async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
+    """Call a tool. What a smarter caller could have avoided comes back as an error result that a model can act upon."""
+    agent = call.caller.agent
+    assert agent is not None
+    try:
+        tool = seen_by(agent).get(name)
+        if tool is None:
+            known = ", ".join(seen_by(agent))
+            raise Invalid(f"Agent {agent.name} has no tool {name!r}; it has {known}.", field="name", remedy="Use one of these.")
+        given = {key: value for key, value in arguments.items() if value is not None}  # models send null for "left out"
+        return await tool.answer(call, parse(tool.arguments, given))
+    except SandgateError as e:
+        return answers.refusal(e, call.caller.request_id)
+
+
+def words(offer: dict[str, Any]) -> dict[str, Any]:
+    """What the templates of descriptions may say of an agent."""
+    may = offer["packages"]["may_install"]
+    if "*" in may:
+        packages = "install_package adds any package."
+    elif may:
+        packages = f"install_package adds these packages and no others: {', '.join(map(str, may))}."
+    else:
+        packages = "Packages cannot be added for this agent."
+    return {
+        "languages": ", ".join(offer["languages"]) or "none at the moment",
+        "network": "There is no network inside." if offer["network"] == "off" else f"Network: {offer['network']}.",
+        "packages": packages,
+        "timeout_max": offer["timeout_seconds"]["max"],
+        "answer": f"{settings.MCP_ANSWER_SECONDS:.0f}",
+    }
+
+
+def input_schema(tool: Tool, offer: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with this agent's languages and times in it."""
+    schema = _bare(tool.arguments.model_json_schema())
+    fields = schema["properties"]
+    if "language" in fields and offer["languages"]:
+        fields["language"]["enum"] = offer["languages"]
+    if "timeout_seconds" in fields:
+        times = offer["timeout_seconds"]
+        said = {"default": times["default"], "maximum": times["max"]}
+        fields["timeout_seconds"] = {**fields["timeout_seconds"], "type": "integer", "minimum": 1, **said}
+        fields["timeout_seconds"].pop("anyOf", None)
+    return schema
+
+
+def output_schema(tool: Tool) -> dict[str, Any]:
+    return _bare(tool.shape.model_json_schema(mode="serialization"))
+
+
+def _bare(schema: Any) -> Any:
+    """Without pydantic's titles, which every model that reads a schema pays for."""
+    if isinstance(schema, list):
+        return [_bare(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _bare(part) for key, part in schema.items() if not (key == "title" and isinstance(part, str))}
