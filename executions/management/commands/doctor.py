@@ -103,7 +103,13 @@ def template() -> Iterator[Finding]:
 def sandboxes() -> Iterator[Finding]:
     """Every configured backend, asked; the local one with its walls."""
     for alias, check in asyncio.run(all_checks()).items():
-        remedy = "" if check.ok else "make run   (starts it)" if alias == "local" else "see its settings"
+        remedy = (
+            ""
+            if check.ok
+            else "make run   (it starts the node and shows what it says)"
+            if alias == "local"
+            else "see its settings"
+        )
         words = " ".join(filter(None, [check.isolation, check.detail])) or ("answers" if check.ok else "no answer")
         yield Finding(f"backend {alias}", "ok" if check.ok else "missing", words, remedy)
         for wall, state in check.walls.items():
