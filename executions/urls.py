@@ -7,6 +7,7 @@ from executions.console.urls import websocket_urlpatterns
 
 urlpatterns = [
     path("admin/", admin.site.urls),
+    path("e2b/", include("executions.gateway.urls")),
     path("", include("executions.api.urls")),
     path("", include("executions.console.urls")),
 ]

@@ -51,3 +51,31 @@ def to_mime(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(extra, dict):
         bundle.update({kind: value for kind, value in extra.items() if kind not in bundle})
     return bundle
+
+
+def said(line: Any) -> tuple[str, dict[str, Any]] | None:
+    """Kind and data of our event from one line of E2B's stream; None for keepalives and for what is unknown or malformed."""
+    match line:
+        case {"type": "stdout" | "stderr" as kind, "text": str(text)}:
+            return kind, {"text": text}
+        case {"type": "result"}:
+            return "result", {"main": line.get("is_main_result") is True, "mime": to_mime(line)}
+        case {"type": "error"}:
+            return "error", {name: str(line.get(name) or "") for name in ("name", "value", "traceback")}
+        case {"type": "number_of_executions", "execution_count": int(count)}:
+            return "count", {"execution_count": count}
+    return None
+
+
+def line_of(kind: str, data: dict[str, Any], timestamp: str) -> dict[str, Any] | None:
+    """E2B's line for our event; None for what E2B has no line for. `timestamp` is when it was said (ISO 8601)."""
+    match kind:
+        case "stdout" | "stderr":
+            return {"type": kind, "text": data["text"], "timestamp": timestamp}
+        case "result":
+            return {**to_e2b(data["mime"]), "type": "result", "is_main_result": data["main"]}
+        case "error":
+            return {"type": "error", **{name: data[name] for name in ("name", "value", "traceback")}}
+        case "count":
+            return {"type": "number_of_executions", "execution_count": data["execution_count"]}
+    return None
