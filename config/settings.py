@@ -240,6 +240,7 @@ LOGGING = {
         "e2b": {"level": "INFO"},  # logs submitted code at DEBUG
         "httpx": {"level": "WARNING"},
         "httpcore": {"level": "WARNING"},
+        "mcp": {"level": "WARNING"},
     },
 }
 

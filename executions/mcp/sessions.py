@@ -17,6 +17,7 @@ from executions.mcp import answers
 from executions.mcp.answers import Answer
 from executions.mcp.call import Call, SessionId
 from executions.models import Package, Sandbox
+from executions.pool import MARGIN_SECONDS
 from executions.serializers import (
     Accepted,
     InstallRequest,
@@ -44,6 +45,8 @@ async def open_for(call: Call, language: str, token: str | None) -> str:
     own = f"session-{hashlib.sha256(token.encode()).hexdigest()}" if token else None
     opening = asyncio.ensure_future(operations.open_session(caller=call.caller, request=request, idempotency_key=own))
     await asyncio.wait({opening}, timeout=call.left())
+    if opening.done() and isinstance(refused := opening.exception(), BudgetExhausted):
+        refused.remedy = f"{what_fits(refused)} {BudgetExhausted.remedy}"
     while opening.done() and (sandbox := opening.result()).handle is None and not sandbox.ended_at and call.left():
         await asyncio.sleep(0.1)  # its twin is still booting it
         await rows(sandbox.refresh_from_db)
@@ -53,6 +56,13 @@ async def open_for(call: Call, language: str, token: str | None) -> str:
             remedy="get_environment lists it as a live session when it is ready: run the code there.",
         )
     return opening.result().pk
+
+
+def what_fits(refused: BudgetExhausted) -> str:
+    """The run that the rest of the budget pays for, when it does not pay for a session."""
+    rate = refused.facts["needed"] / (SESSION_SECONDS + MARGIN_SECONDS)
+    seconds = int(refused.facts["remaining"] / rate) - MARGIN_SECONDS
+    return f"keep_session=false and timeout_seconds ≤ {seconds} fit." if seconds > 0 else "No run fits any more."
 
 
 async def keep_open(caller: Caller, session_id: str, timeout_seconds: int | None) -> None:

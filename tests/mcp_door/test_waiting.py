@@ -1,0 +1,122 @@
+"""Runs that last: answered in time, followed, cancelled, and never run twice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from executions import operations
+from executions.models import Execution
+from tests.mcp_door.conftest import connected, text
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def impatient(settings):
+    """Calls answer after 0.5 s, and progress comes every 0.1 s."""
+    settings.MCP_ANSWER_SECONDS = 0.5
+    settings.MCP_PROGRESS_SECONDS = 0.1
+
+
+async def test_a_run_that_lasts_is_answered_in_time_and_followed_to_its_end(key, impatient):
+    async with connected(key) as mcp:
+        began = time.monotonic()
+        running = await mcp.call_tool("execute_code", {"code": "#> one\n#~ 1.2\n#> two\n#= 3"})
+        took = time.monotonic() - began
+        said = running.structured_content
+        looked = [running]
+        while looked[-1].structured_content["state"] == "running":
+            asked = {"execution_id": said["id"], "after_seq": said["last_seq"]}
+            looked.append(await mcp.call_tool("get_execution", asked))
+
+    assert took < 1
+    assert not running.is_error
+    assert said["state"] == "running"
+    assert said["logs"]["stdout"] == "one\n"
+    assert "it goes on, do not send it again" in text(running)
+    assert said["id"] in text(running)
+    ended = looked[-1].structured_content
+    assert ended["state"] == "succeeded"
+    assert ended["logs"]["stdout"] == "two\n"  # what came after the earlier answer
+    assert await Execution.objects.acount() == 1
+
+
+async def test_the_same_key_sent_while_it_runs_joins_the_run(key, impatient):
+    asked = {"code": "#~ 0.8\n#= 1", "idempotency_key": "one"}
+
+    async with connected(key) as mcp:
+        first = await mcp.call_tool("execute_code", asked)
+        again = await mcp.call_tool("execute_code", asked)
+
+    assert first.structured_content["state"] == "running"
+    assert again.structured_content["state"] == "succeeded"
+    assert first.structured_content["id"] == again.structured_content["id"]
+    assert await Execution.objects.acount() == 1
+
+
+async def test_progress_comes_while_it_runs_with_the_last_line_of_the_output(key, impatient):
+    heard = []
+
+    async def hear(progress, total, message):
+        heard.append((progress, message))
+
+    async with connected(key) as mcp:
+        await mcp.call_tool("execute_code", {"code": "#> 10 of 90\n#~ 0.4\n#= 1"}, progress_callback=hear)
+
+    assert len(heard) >= 2
+    assert heard[-1][1].startswith("running exe_")
+    assert heard[-1][1].endswith(": 10 of 90")
+    assert [progress for progress, _ in heard] == sorted({progress for progress, _ in heard})
+
+
+async def test_cancelling_stops_the_run_and_keeps_what_it_printed(key, impatient):
+    async with connected(key) as mcp:
+        running = (await mcp.call_tool("execute_code", {"code": "#> one\n#~ 30\n#> two"})).structured_content
+        cancelled = await mcp.call_tool("cancel_execution", {"execution_id": running["id"]})
+        again = await mcp.call_tool("cancel_execution", {"execution_id": running["id"]})
+
+    assert not cancelled.is_error
+    assert cancelled.structured_content["state"] == "cancelled"
+    assert cancelled.structured_content["logs"]["stdout"] == "one\n"
+    assert again.structured_content["state"] == "cancelled"
+
+
+async def test_a_run_that_outlasts_its_timeout_is_an_error_that_says_so(key):
+    async with connected(key) as mcp:
+        result = await mcp.call_tool("execute_code", {"code": "#~ 30", "timeout_seconds": 1})
+
+    assert result.is_error
+    assert result.structured_content["state"] == "timed_out"
+    assert text(result).startswith("timed_out: Stopped after 1 s.")
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_that_goes_away_ends_nothing(key, mode):
+    async with connected(key, mode=mode) as mcp:
+        asking = asyncio.create_task(mcp.call_tool("execute_code", {"code": "#~ 0.5\n#= 1"}))
+        while not (execution := await Execution.objects.afirst()):
+            await asyncio.sleep(0.02)
+        asking.cancel()
+        await asyncio.wait({asking})
+        shape = await operations.wait(execution, 5)
+
+    assert shape.state == "succeeded"
+
+
+async def test_a_sandbox_that_boots_too_slowly_runs_nothing_and_is_listed_when_it_is_ready(key, settings, impatient):
+    settings.SANDBOXES["scripted"]["OPTIONS"] = {"CREATE_SECONDS": 0.8}
+
+    async with connected(key) as mcp:
+        result = await mcp.call_tool("execute_code", {"code": "#= 1"})
+        live = [{"state": "booting"}]
+        while live[0]["state"] != "leased":
+            live = (await mcp.call_tool("get_environment", {})).structured_content["sessions"]
+        then = await mcp.call_tool("execute_code", {"code": "#= 1", "session_id": live[0]["id"]})
+
+    assert result.is_error
+    assert "the code has not run" in text(result)
+    assert then.structured_content["state"] == "succeeded"
+    assert await Execution.objects.acount() == 1
