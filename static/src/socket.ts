@@ -31,6 +31,7 @@ export class Feed {
     private onStatus: (status: Status, code?: number) => void,
   ) {
     this.open();
+    addEventListener("offline", () => this.socket?.close());
     addEventListener("online", () => this.socket?.readyState === WebSocket.CLOSED && this.open());
   }
 
