@@ -1,0 +1,226 @@
+"""The pages, asked for directly: who may see what, and what the headers forbid."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from django.conf import settings as live
+from django.test import Client
+
+from executions import keys
+from executions.models import ApiKey, AuditEvent, Event, Execution, Sandbox, Template
+from executions.states import ExecutionState, SandboxState
+
+pytestmark = pytest.mark.django_db
+E, S = ExecutionState, SandboxState
+
+
+@pytest.fixture
+def template(db) -> Template:
+    return Template.objects.create(name="default")
+
+
+@pytest.fixture
+def session(ada, team, template) -> Sandbox:
+    from django.utils import timezone
+
+    caller = keys.caller_for(ada)
+    return Sandbox.born(
+        S.BOOTING,
+        S.LEASED,
+        team=team,
+        agent=caller.agent,
+        template=template,
+        backend="local",
+        kept=True,
+        leased_until=timezone.now(),
+    )
+
+
+@pytest.fixture
+def run(ada, team, session) -> Execution:
+    code = "print('needle')"
+    run = Execution.born(
+        E.RUNNING,
+        team=team,
+        agent=session.agent,
+        actor=ada,
+        sandbox=session,
+        code=code,
+        code_sha256=hashlib.sha256(code.encode()).hexdigest(),
+    )
+    Event.objects.create(execution=run, seq=1, kind="stdout", data={"text": "out\n"})
+    Event.objects.create(execution=run, seq=2, kind="stderr", data={"text": "err\n"})
+    Event.objects.create(execution=run, seq=3, kind="result", data={"mime": {"text/html": "<script>1</script>"}})
+    run.advance(E.SUCCEEDED)
+    return run
+
+
+def as_(person) -> Client:
+    client = Client(headers={"Accept": "text/html"})
+    client.force_login(person)
+    return client
+
+
+def addresses(session: Sandbox, run: Execution) -> list[str]:
+    one_session = [f"/sessions/{session.pk}{rest}" for rest in ("", "/files", "/files/download?path=x")]
+    return [*one_session, *(f"/runs/{run.pk}{rest}" for rest in ("", "/output.txt", "/frames/3"))]
+
+
+def test_nobody_sees_anything_before_signing_in(session, run):
+    for address in ["/", "/runs", "/usage", "/keys", *addresses(session, run)]:
+        answer = Client(headers={"Accept": "text/html"}).get(address)
+        assert (answer.status_code, answer["Location"].split("?")[0]) == (302, "/sign-in"), address
+
+
+def test_the_team_sees_its_own(ada, bob, session, run):
+    for person in (ada, bob):
+        for address in ["/", "/runs", "/usage", "/keys", f"/sessions/{session.pk}", f"/runs/{run.pk}"]:
+            assert as_(person).get(address).status_code == 200, address
+
+
+def test_another_teams_pages_do_not_exist(eve, session, run):
+    for address in addresses(session, run):
+        assert as_(eve).get(address).status_code == 404, address
+    for address in (f"/sessions/{session.pk}/end", f"/sessions/{session.pk}/packages", f"/runs/{run.pk}/cancel"):
+        answer = as_(eve).post(address, {"packages": ["x"]}, content_type="application/json")
+        assert answer.status_code == 404, address
+    assert b"needle" not in as_(eve).get("/runs?q=needle").content.replace(b'value="needle"', b"")
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("", 1),
+        ("q=needle", 1),
+        ("q=straw", 0),
+        ("state=failed", 0),
+        ("state=succeeded&language=python", 1),
+        ("agent=x", 0),
+    ],
+)
+def test_runs_are_filtered(ada, run, query, found):
+    assert as_(ada).get(f"/runs?{query}").content.count(f"/runs/{run.pk}".encode()) == found
+
+
+def test_runs_are_paged_without_a_gap(ada, run, team, monkeypatch):
+    from executions.console import pages
+
+    monkeypatch.setattr(pages, "PAGE", 2)
+    for _ in range(4):
+        Execution.born(E.QUEUED, team=team, agent=run.agent, code="1", code_sha256="", created_at=run.created_at)
+    client, address, seen = as_(ada), "/runs", []
+
+    while address:
+        answer = client.get(address)
+        seen += [r.pk for r in answer.context["runs"]]
+        address = f"/runs?{answer.context['older']}" if answer.context["older"] else ""
+
+    assert sorted(seen) == sorted(Execution.objects.values_list("pk", flat=True))
+    assert len(seen) == 5
+
+
+def test_only_our_own_scripts_and_styles_run(ada, run):
+    policy = as_(ada).get(f"/runs/{run.pk}")["Content-Security-Policy"]
+
+    assert "unsafe" not in policy
+    assert "script-src 'self'" in policy
+    assert "style-src 'self'" in policy
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+
+
+def test_html_as_its_author_meant_it_has_an_origin_of_its_own_and_no_network(ada, run):
+    answer = as_(ada).get(f"/runs/{run.pk}/frames/3")
+
+    assert answer.content == b"<script>1</script>"
+    assert "sandbox allow-scripts;" in answer["Content-Security-Policy"]
+    assert "default-src 'none'" in answer["Content-Security-Policy"]
+    assert "allow-same-origin" not in answer["Content-Security-Policy"]
+
+
+def test_the_whole_output_is_a_file(ada, run):
+    answer = as_(ada).get(f"/runs/{run.pk}/output.txt")
+
+    assert answer.content == b"out\nerr\n"
+    assert answer["Content-Disposition"] == f'attachment; filename="{run.pk}.txt"'
+
+
+def test_a_link_signs_in_once(ada):
+    link, client = keys.make_sign_in_link(ada), Client()
+
+    assert client.head(link).status_code == 405  # a preview does not use it up
+    assert client.get(link, headers={"Sec-Purpose": "prefetch"}).status_code == 410
+    assert client.get(link).status_code == 302
+    assert client.get("/").status_code == 200
+    assert Client().get(link).status_code == 410
+    assert AuditEvent.objects.filter(action="sign_in", actor=ada).count() == 1
+
+
+def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(ada):
+    cookie = Client().get(keys.make_sign_in_link(ada)).cookies["sessionid"]
+
+    assert cookie["httponly"]
+    assert cookie["samesite"] == "Lax"
+
+
+def test_a_sign_in_never_leads_to_another_site(ada):
+    client = Client()
+    client.get("/sign-in?next=https://evil.example/")
+
+    assert client.get(keys.make_sign_in_link(ada))["Location"] == "/"
+
+
+def test_forms_need_the_token_of_the_page(ada):
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(ada)
+
+    assert client.post("/keys", {"name": "x"}).status_code == 403
+    assert client.post("/sessions").status_code == 403
+
+
+def test_a_key_has_its_makers_scopes_at_most_and_is_shown_once(ada):
+    answer = as_(ada).post("/keys", {"name": "laptop", "agent": keys.caller_for(ada).agent.name, "days": "30"})
+
+    token = answer.context["token"]
+    assert keys.authenticate(token).scopes == {"run", "read"}
+    assert token.encode() in answer.content
+    assert token.encode() not in as_(ada).get("/keys").content
+    assert "no-store" in answer["Cache-Control"]
+
+
+def test_a_viewer_makes_and_revokes_no_keys(ada, bob, agent):
+    key, _ = keys.make_key(team=agent.team, agent=agent, name="etl", created_by=ada)
+
+    assert as_(bob).post("/keys", {"name": "mine", "agent": "etl"}).status_code == 403
+    assert as_(bob).post(f"/keys/{key.pk}/revoke").status_code == 403
+    assert ApiKey.objects.get().is_live
+    assert as_(ada).post(f"/keys/{key.pk}/revoke").status_code == 302
+    assert not ApiKey.objects.get().is_live
+
+
+def test_a_name_that_is_a_script_is_only_text(ada, session):
+    Sandbox.objects.filter(pk=session.pk).update(name="</script><script>alert(1)</script>")
+
+    for address in ("/", f"/sessions/{session.pk}"):
+        assert b"<script>alert" not in as_(ada).get(address).content
+
+
+def test_examples_name_this_installation_and_the_persons_own_key(ada, template):
+    keys.make_key(team=ada.memberships.get().team, name="adas laptop", created_by=ada)
+
+    page = as_(ada).get("/").content.decode()
+
+    assert f"curl -s {live.PUBLIC_URL}/api/v1/executions" in page
+    assert "adas laptop" in page
+
+
+def test_lists_cost_a_constant_number_of_queries(ada, run, team, django_assert_max_num_queries):
+    for _ in range(10):
+        Execution.born(E.QUEUED, team=team, agent=run.agent, code="1", code_sha256="")
+
+    for address, most in (("/", 16), ("/runs", 14), ("/usage", 18), ("/keys", 14)):
+        client = as_(ada)
+        with django_assert_max_num_queries(most):
+            client.get(address)
