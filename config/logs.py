@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import structlog
 
-SHARED = [
+SHARED: list[Any] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
     structlog.stdlib.add_logger_name,
@@ -18,7 +19,7 @@ SHARED = [
 def formatter(style: str) -> logging.Formatter:
     """The formatter of every handler; `style` is "json" or "console"."""
     last = structlog.dev.ConsoleRenderer() if style == "console" else structlog.processors.JSONRenderer()
-    ending = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    ending: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if style != "console":
         ending.append(structlog.processors.format_exc_info)
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=SHARED, processors=[*ending, last])

@@ -81,7 +81,7 @@ class Security(ForPeople, SecurityMiddleware):
 
 
 class Csrf(ForPeople, CsrfViewMiddleware):
-    async def process_view(self, request, callback, args, kwargs):
+    async def process_view(self, request, callback, args, kwargs):  # type: ignore[override]
         """Asynchronous, so that Django does not hop to a thread for it on every request; it only compares cookies."""
         if request.path.startswith(settings.PROGRAM_PATHS):
             return None

@@ -5,28 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 from django.conf import settings
-from django.core.checks import Error, Tags, Warning, register
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.utils.module_loading import import_string
 
 
 @register(Tags.compatibility)
 def sandboxes(app_configs, **kwargs):
-    found = []
+    found: list[CheckMessage] = []
     if not settings.SANDBOXES:
-        found.append(Error("settings.SANDBOXES is empty: nothing could run.", hint="Configure at least one backend.", id="executions.E001"))
+        found.append(
+            Error(
+                "settings.SANDBOXES is empty: nothing could run.",
+                hint="Configure at least one backend.",
+                id="executions.E001",
+            )
+        )
     for alias, entry in settings.SANDBOXES.items():
         if not alias.replace("-", "").replace("_", "").isalnum() or len(alias) > 40:
-            found.append(Error(f"{alias!r} is not an alias.", hint="Letters, digits, - and _; at most 40.", id="executions.E002"))
+            found.append(
+                Error(f"{alias!r} is not an alias.", hint="Letters, digits, - and _; at most 40.", id="executions.E002")
+            )
         try:
             import_string(entry["BACKEND"])
         except (KeyError, ImportError) as e:
-            found.append(Error(f"Backend {alias!r} cannot be loaded: {e}", hint="BACKEND is a dotted path to a class.", id="executions.E003"))
+            found.append(
+                Error(
+                    f"Backend {alias!r} cannot be loaded: {e}",
+                    hint="BACKEND is a dotted path to a class.",
+                    id="executions.E003",
+                )
+            )
     return found
 
 
 @register(Tags.security)
 def exposure(app_configs, **kwargs):
-    found = []
+    found: list[CheckMessage] = []
     loopback = settings.BIND in ("127.0.0.1", "localhost", "::1")
     if not loopback and not settings.HTTPS:
         found.append(
@@ -37,7 +51,13 @@ def exposure(app_configs, **kwargs):
             )
         )
     if len(settings.SECRET_KEY) < 32:
-        found.append(Error("SECRET_KEY is shorter than 32 characters.", hint="Leave it out: one is made and kept in the data folder.", id="executions.E004"))
+        found.append(
+            Error(
+                "SECRET_KEY is shorter than 32 characters.",
+                hint="Leave it out: one is made and kept in the data folder.",
+                id="executions.E004",
+            )
+        )
     if not 1 <= settings.PORT <= 65535:
         found.append(Error(f"PORT={settings.PORT} is not a port.", hint="1 to 65535.", id="executions.E005"))
     return found
@@ -55,5 +75,11 @@ def folders(app_configs, **kwargs):
             )
         ]
     if data.exists() and not data.is_dir():
-        return [Error(f"SANDGATE_DATA={data} is not a folder.", hint="Name a folder that this user may write.", id="executions.E007")]
+        return [
+            Error(
+                f"SANDGATE_DATA={data} is not a folder.",
+                hint="Name a folder that this user may write.",
+                id="executions.E007",
+            )
+        ]
     return []

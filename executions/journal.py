@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from channels.layers import get_channel_layer
 from django.utils import timezone
@@ -31,6 +32,21 @@ async def ring(execution_id: str) -> None:
         await layer.group_send(group_name(execution_id), {"type": "look.again"})
     except Exception as e:  # a doorbell that is out of order must not stop the run
         log.warning("doorbell_failed", extra={"execution_id": execution_id, "error": type(e).__name__})
+
+
+def storable(value: Any) -> Any:
+    """What hostile output may not break: NUL (PostgreSQL stores none) and lone surrogates become U+FFFD, anywhere."""
+    match value:
+        case str():
+            value = value.replace("\x00", "\ufffd")
+            return value if value.isascii() else value.encode("utf-8", "replace").decode()
+        case dict():
+            return {storable(str(k)): storable(v) for k, v in value.items()}
+        case list() | tuple():
+            return [storable(v) for v in value]
+        case float() if value != value or value in (float("inf"), float("-inf")):
+            return None  # JSON has no such numbers
+    return value
 
 
 class Doorbell:
@@ -88,14 +104,14 @@ class Journal:
             case EventKind.RESULT:
                 size = sum(len(v) if isinstance(v, str) else 256 for v in said.data["mime"].values())
                 if self._room_for(size):
-                    self._add(EventKind.RESULT, said.data)
+                    self._add(EventKind.RESULT, storable(said.data))
             case EventKind.ERROR:
-                self.error = said.data
-                self._add(EventKind.ERROR, {k: str(v)[:100_000] for k, v in said.data.items()})
+                self.error = {k: storable(str(v)[:100_000]) for k, v in said.data.items()}
+                self._add(EventKind.ERROR, self.error)
 
     def _hear_text(self, kind: str, text: str) -> None:
-        text = text.replace("\x00", "\ufffd")  # PostgreSQL stores no NUL
-        if not self._room_for(len(text.encode(errors="replace"))):
+        text = storable(text)
+        if not self._room_for(len(text.encode())):
             return
         last = self.waiting[-1] if self.waiting else None
         if last is not None and last.kind == kind and len(last.data["text"]) + len(text) <= CHUNK_CHARS:

@@ -14,17 +14,16 @@ from executions.states import SandboxState
 MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provider's timeout includes it
 
 
-def intend(
-    caller: Caller, *, alias: str, template: Template, seconds: int, executions: int = 0, **fields
-) -> Sandbox:
+def intend(caller: Caller, *, alias: str, template: Template, seconds: int, executions: int = 0, **fields) -> Sandbox:
     """Reserve the worst case and insert a BOOTING row for it, counting `executions` against the same quotas.
 
     Raises BudgetExhausted, QuotaExceeded. Call it in the verb's transaction.
     """
     now = timezone.now()
-    seconds += MARGIN_SECONDS
+    margin = 0 if fields.get("kept") else MARGIN_SECONDS  # a session ends when it was said to end
+    seconds += margin
     rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=template.memory_mib, at=now)
-    fits = f"One second costs {costs.usd(rate)}; {MARGIN_SECONDS} s are added for boot and settling."
+    fits = f"One second costs {costs.usd(rate)}" + (f"; {margin} s are added for boot and settling." if margin else ".")
     budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
     sandbox = Sandbox.born(
         SandboxState.BOOTING,

@@ -15,7 +15,7 @@ from executions.keys import Caller
 from executions.models import Quota, hot
 from executions.states import Unit, Window
 
-CONCURRENT = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
+CONCURRENT: dict[str, str] = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
 
 
 def of(caller: Caller) -> QuerySet[Quota]:
@@ -44,13 +44,15 @@ def window_start(window: str, zone: str, now: datetime) -> datetime | None:
 def window_end(window: str, zone: str, now: datetime) -> datetime | None:
     """When the current window ends; None for a total."""
     start = window_start(window, zone, now)
+    if start is None:
+        return None
     match window:
         case Window.MINUTE:
             return start + timedelta(minutes=1)
         case Window.HOUR:
             return start + timedelta(hours=1)
         case Window.DAY:  # by the calendar: a day may have 23 or 25 hours
-            return start.replace(tzinfo=None).__add__(timedelta(days=1)).replace(tzinfo=start.tzinfo)
+            return (start.replace(tzinfo=None) + timedelta(days=1)).replace(tzinfo=start.tzinfo)
         case Window.MONTH:
             return start.replace(year=start.year + start.month // 12, month=start.month % 12 + 1)
     return None

@@ -25,9 +25,7 @@ def plan(caller: Caller, *, asked: list[str] | None, language: str, commands: bo
     agent = caller.agent
     assert agent is not None
     if language not in LANGUAGES:
-        raise Invalid(
-            f"{language!r} is not a language here; there are {', '.join(LANGUAGES)}.", field="language"
-        )
+        raise Invalid(f"{language!r} is not a language here; there are {', '.join(LANGUAGES)}.", field="language")
     if agent.languages and language not in agent.languages:
         raise Invalid(f"Agent {agent.name} may use {', '.join(agent.languages)}.", field="language")
     bound = caller.key.backend if caller.key is not None else ""

@@ -10,12 +10,13 @@ from typing import Annotated, Any, TypeVar
 from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
 from executions.errors import Invalid, TooLarge
 from executions.models import Artifact, Event, Execution, Package, Sandbox, Template
 from executions.states import EventKind
 
-NameValue = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]]
+NameValue = dict[
+    Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
+]
 Short = Annotated[str, Field(max_length=100)]
 
 
@@ -29,14 +30,24 @@ class Submission(Accepted):
     """One execution that is asked for."""
 
     code: str | None = Field(None, description="What to run: one cell. Up to 1 MB.")
-    script_path: str | None = Field(None, description="Instead of code: a file that is in the session's sandbox.", max_length=4096)
+    script_path: str | None = Field(
+        None, description="Instead of code: a file that is in the session's sandbox.", max_length=4096
+    )
     args: list[str] = Field([], description="Arguments of the script.", max_length=256)
-    language: str = Field("python", description="python, bash, javascript, typescript, r or java, as the backend has them.", max_length=20)
+    language: str = Field(
+        "python", description="python, bash, javascript, typescript, r or java, as the backend has them.", max_length=20
+    )
     template: Short | None = Field(None, description="What a fresh sandbox is made from.")
     agent: Short | None = Field(None, description="Which agent runs it; only a team's key needs to say.")
-    route: list[Short] | None = Field(None, description="Backend aliases in order, instead of the agent's own route.", max_length=8)
-    session_id: str | None = Field(None, description="The session to run in. Left out: a fresh sandbox, gone afterwards.", max_length=40)
-    context_id: str | None = Field(None, description="A context of the session; left out: the language's default one.", max_length=64)
+    route: list[Short] | None = Field(
+        None, description="Backend aliases in order, instead of the agent's own route.", max_length=8
+    )
+    session_id: str | None = Field(
+        None, description="The session to run in. Left out: a fresh sandbox, gone afterwards.", max_length=40
+    )
+    context_id: str | None = Field(
+        None, description="A context of the session; left out: the language's default one.", max_length=64
+    )
     files: dict[str, str] = Field({}, description="Files to write first: path to base64.", max_length=64)
     env: NameValue = Field({}, description="Environment variables of this run only.")
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time; left out: the agent's default.")
@@ -67,11 +78,11 @@ class Submission(Accepted):
     @model_validator(mode="after")
     def one_thing_to_run(self) -> Submission:
         if (self.code is None) == (self.script_path is None):
-            raise ValueError("send either code or script_path")
+            raise Invalid("code: send either code or script_path.", field="code")
         if self.code is not None and not self.code.strip():
-            raise ValueError("code is empty")
+            raise Invalid("code: it is empty.", field="code")
         if self.script_path is not None and self.session_id is None:
-            raise ValueError("script_path names a file in a session: session_id is missing")
+            raise Invalid("session_id: it is missing; script_path names a file in a session.", field="session_id")
         return self
 
 
@@ -103,17 +114,31 @@ def parse(kind: type[A], data: Any) -> A:
     """The request as an object. Raises Invalid with the field's name."""
     if not isinstance(data, dict):
         raise Invalid("The body must be a JSON object.", field="body")
+    for name, value in data.items():
+        _refuse_unstorable(name, "body")
+        _refuse_unstorable(value, name)
     try:
         return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "[key]") or _named(first["msg"], kind)
+        field = ".".join(str(part) for part in first["loc"] if part != "[key]") or "body"
         message = first["msg"].removeprefix("Value error, ")
         raise Invalid(f"{field}: {message[:1].lower()}{message[1:]}.", field=field) from None
 
 
-def _named(message: str, kind: type[Accepted]) -> str:
-    return next((name for name in kind.model_fields if name in message), "body")
+def _refuse_unstorable(value: Any, field: str) -> None:
+    """PostgreSQL stores no NUL, and a lone surrogate is no text at all."""
+    match value:
+        case str():
+            if "\x00" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
+                raise Invalid(f"{field}: a NUL or half of a surrogate pair cannot be part of it.", field=field)
+        case list():
+            for item in value:
+                _refuse_unstorable(item, field)
+        case dict():
+            for key, item in value.items():
+                _refuse_unstorable(key, field)
+                _refuse_unstorable(item, field)
 
 
 class Logs(BaseModel):
@@ -155,7 +180,9 @@ class ExecutionShape(BaseModel):
     state: str
     language: str
     code: str
-    results: list[dict[str, Any]] = Field([], description="MIME bundles, in order; the cell's value has main=true in `mains`.")
+    results: list[dict[str, Any]] = Field(
+        [], description="MIME bundles, in order; the cell's value has main=true in `mains`."
+    )
     mains: list[bool] = []
     logs: Logs = Logs()
     error: CodeError | None = None
@@ -275,7 +302,9 @@ def dollars(nano_usd: int | None) -> str:
     return "" if nano_usd is None else f"{nano_usd / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
 
 
-def execution_shape(execution: Execution, *, events: list[Event] | None = None, attempts: list | None = None) -> ExecutionShape:
+def execution_shape(
+    execution: Execution, *, events: list[Event] | None = None, attempts: list | None = None
+) -> ExecutionShape:
     """The whole of an execution. `events` and `attempts` spare the queries where the caller has them."""
     if events is None:
         events = list(execution.events.order_by("seq"))
@@ -299,7 +328,8 @@ def execution_shape(execution: Execution, *, events: list[Event] | None = None, 
         shape.last_seq = event.seq
     shape.logs = Logs(stdout="".join(stdout), stderr="".join(stderr))
     shape.attempts = [
-        AttemptShape(number=a.number, backend=a.backend, outcome=a.outcome, code=a.code, reason=a.reason) for a in attempts
+        AttemptShape(number=a.number, backend=a.backend, outcome=a.outcome, code=a.code, reason=a.reason)
+        for a in attempts
     ]
     return shape
 
@@ -407,5 +437,3 @@ def artifact_shape(artifact: Artifact) -> ArtifactShape:
         sha256=artifact.sha256,
         created_at=artifact.created_at,
     )
-
-

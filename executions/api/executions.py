@@ -104,7 +104,7 @@ async def cancel(request: HttpRequest, execution_id: str) -> HttpResponse:
 
 
 @answers
-async def events(request: HttpRequest, execution_id: str) -> HttpResponse:
+async def events(request: HttpRequest, execution_id: str) -> StreamingHttpResponse:
     """Server-sent events: the journal from `after_seq` (or Last-Event-ID) on, live until the end."""
     after = request.headers.get("Last-Event-ID") or request.GET.get("after_seq") or "0"
     if not after.isdigit() or len(after) > 9:
@@ -163,11 +163,8 @@ class ExecutionList(ListAPIView):
     queryset = Execution.objects.none()
 
     def get_queryset(self):
-        caller = self.request.auth
+        caller: Caller = self.request.auth  # type: ignore[assignment]
         found = Execution.objects.filter(team=caller.team).select_related("agent", "sandbox", "actor")
         if caller.key is not None and caller.key.agent_id:
             found = found.filter(agent=caller.key.agent_id)
         return found
-
-
-

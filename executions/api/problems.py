@@ -37,7 +37,7 @@ def answers(view):
         except Exception as e:
             return problem(translated(e), request)
 
-    answering.csrf_exempt = True
+    answering.csrf_exempt = True  # type: ignore[attr-defined]
     return answering
 
 

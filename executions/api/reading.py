@@ -30,7 +30,9 @@ def _json(results: object) -> HttpResponse:
 async def templates(request: HttpRequest) -> HttpResponse:
     def look():
         caller_of(request).needs(Scope.READ)
-        return [template_shape(t).model_dump(mode="json") for t in Template.objects.filter(is_active=True).order_by("name")]
+        return [
+            template_shape(t).model_dump(mode="json") for t in Template.objects.filter(is_active=True).order_by("name")
+        ]
 
     _get(request)
     return _json({"results": await rows(look)})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from urllib.parse import quote
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from drf_spectacular.utils import OpenApiResponse, extend_schema
 from pydantic import Field
 from rest_framework.generics import ListAPIView
@@ -84,11 +86,11 @@ async def timeout(request: HttpRequest, session_id: str) -> HttpResponse:
 
 
 @answers
-async def files(request: HttpRequest, session_id: str) -> HttpResponse:
+async def files(request: HttpRequest, session_id: str) -> HttpResponseBase:
     """GET a file, or with `list=1` a folder; PUT streams the body into a file; DELETE removes one."""
     caller = await rows(caller_of, request)
     path = request.GET.get("path", "")
-    where = {"caller": caller, "session_id": session_id}
+    where: dict[str, Any] = {"caller": caller, "session_id": session_id}
     match request.method:
         case "PUT":
             size = request.headers.get("Content-Length", "0")
@@ -142,7 +144,7 @@ class SessionList(ListAPIView):
     queryset = Sandbox.objects.none()
 
     def get_queryset(self):
-        caller = self.request.auth
+        caller: Caller = self.request.auth  # type: ignore[assignment]
         found = Sandbox.objects.sessions().filter(team=caller.team).select_related("agent", "template")
         if caller.key is not None and caller.key.agent_id:
             found = found.filter(agent=caller.key.agent_id)

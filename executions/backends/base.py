@@ -28,7 +28,7 @@ class Capabilities:
     internet: bool = False
     network_rules: bool = False
     pause: bool = False
-    metrics: bool = False
+    metrics: bool = False  # runs end with a `usage` event, measured from outside the sandbox
     ports: bool = False  # open_port() reaches the data plane of the sandbox
 
 

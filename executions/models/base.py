@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 from django.db import models, transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from executions.models import hot
@@ -80,13 +82,15 @@ class HasLifecycle(models.Model):
         if states[-1] in self.ENDED:
             fields.setdefault("ended_at", timezone.now())
         with transaction.atomic(savepoint=False):
-            unmoved = type(self)._base_manager.filter(pk=self.pk, state=before)
-            if unmoved.update(**fields) != 1:
-                raise IllegalTransition(f"{self.pk}: {before} → {states[-1]}: somebody else moved it first.")
-            for name, value in fields.items():
-                setattr(self, name, value)
-            self._record((before, *states), reason)
+            unmoved: models.QuerySet[Any] = type(self)._base_manager.filter(Q(pk=self.pk), Q(("state", before)))
+            moved = unmoved.update(**fields) == 1
+            if moved:
+                self._record((before, *states), reason)
+        if not moved:
+            raise IllegalTransition(f"{self.pk}: {before} → {states[-1]}: somebody else moved it first.")
+        for name, value in fields.items():
+            setattr(self, name, value)
 
     def _record(self, path: tuple[str, ...], reason: str) -> None:
-        steps = zip(path, path[1:], strict=False)
+        steps = pairwise(path)
         hot.insert_transitions(self.SUBJECT, self.pk, steps, reason, timezone.now())

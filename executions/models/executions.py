@@ -26,9 +26,7 @@ class Execution(HasLifecycle):
     team = models.ForeignKey(Team, models.PROTECT, related_name="executions", db_index=False)
     agent = models.ForeignKey(Agent, models.PROTECT, related_name="executions", db_index=False)
     key = models.ForeignKey(ApiKey, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False)
-    actor = models.ForeignKey(
-        User, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False
-    )
+    actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False)
     sandbox = models.ForeignKey(
         Sandbox, models.PROTECT, null=True, blank=True, related_name="executions", db_index=False
     )
@@ -71,11 +69,18 @@ class Execution(HasLifecycle):
 
     objects = ExecutionQuerySet.as_manager()
 
+    tried: list[Attempt] = []  # of the admission, in memory only: spares a query in the process that runs it
+    replayed = False  # the answer to a repeated Idempotency-Key
+
     class Meta:
         # Without the second column SQLite takes a wider index and reads the team's whole history for a count.
         indexes = [
-            models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_team"),
-            models.Index(fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_agent"),
+            models.Index(
+                fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_team"
+            ),
+            models.Index(
+                fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_agent"
+            ),
             models.Index(fields=["key", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_key"),
             models.Index(fields=["agent", "-created_at"], name="execution_of_agent"),
             models.Index(fields=["heartbeat_at"], condition=Q(ended_at__isnull=True), name="execution_open"),

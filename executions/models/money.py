@@ -32,9 +32,7 @@ class Quota(models.Model):
         constraints = [
             models.CheckConstraint(condition=Q(unit__in=Unit.values), name="quota_unit_known"),
             models.CheckConstraint(condition=Q(window__in=Window.values), name="quota_window_known"),
-            models.CheckConstraint(
-                condition=Q(limit__gte=0, used__gte=0, reserved__gte=0), name="quota_not_negative"
-            ),
+            models.CheckConstraint(condition=Q(limit__gte=0, used__gte=0, reserved__gte=0), name="quota_not_negative"),
         ]
 
     def __str__(self) -> str:
@@ -86,7 +84,9 @@ class Usage(models.Model):
     class Meta:
         verbose_name_plural = "usage"
         indexes = [models.Index(fields=["at", "team"], name="usage_by_time")]
-        constraints = [models.CheckConstraint(condition=Q(duration_us__gte=0, cost_nano_usd__gte=0), name="usage_not_negative")]
+        constraints = [
+            models.CheckConstraint(condition=Q(duration_us__gte=0, cost_nano_usd__gte=0), name="usage_not_negative")
+        ]
 
     def __str__(self) -> str:
         return f"{self.kind} {self.duration_us} µs"

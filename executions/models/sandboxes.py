@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from executions.errors import SandboxLost
 from executions.models.base import HasLifecycle, IdField
 from executions.models.teams import Agent, ApiKey, Team, User
 from executions.states import SANDBOX_ENDED, SANDBOX_NEXT, EndReason, SandboxState
@@ -79,13 +82,17 @@ class Sandbox(HasLifecycle):
 
     objects = SandboxQuerySet.as_manager()
 
+    replayed = False  # the answer to a repeated Idempotency-Key
+
     class Meta:
         verbose_name_plural = "sandboxes"
         indexes = [
             models.Index(fields=["leased_until"], condition=Q(ended_at__isnull=True), name="sandbox_open"),
             models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
             models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_team"),
-            models.Index(fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"),
+            models.Index(
+                fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"
+            ),
             models.Index(fields=["key", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_key"),
         ]
         constraints = [
@@ -99,6 +106,13 @@ class Sandbox(HasLifecycle):
 
     def __str__(self) -> str:
         return self.id
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """The backend's handle. Raises SandboxLost before the boot has given one."""
+        if self.handle is None:
+            raise SandboxLost("The sandbox is still starting, or never did.")
+        return self.handle
 
     @property
     def provider_name(self) -> str:

@@ -23,8 +23,8 @@ from executions.operations.wait import cancel, execute, find_execution, wait
 __all__ = [
     "FirstStart",
     "Run",
-    "background",
     "backend_states",
+    "background",
     "cancel",
     "drain",
     "end_session",

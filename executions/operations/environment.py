@@ -47,7 +47,8 @@ def offer(caller: Caller) -> dict[str, Any]:
     """What the caller's agent may use: languages, route, packages, network, times. Needs no scope: it is its own configuration."""
     agent = caller.agent
     assert agent is not None
-    languages, route = [], []
+    languages: list[str] = []
+    route: list[str] = []
     for language in LANGUAGES:
         try:
             planned = plan(caller, asked=None, language=language)

@@ -47,9 +47,12 @@ async def install(*, caller: Caller, session_id: str, requirements: list[str]) -
             if fetched:
                 archive = Path(folder) / "packages.tar"
                 await sync_to_async(_pack, thread_sensitive=False)(Path(folder) / "target", archive)
-                await backend.write_file(sandbox.handle, "/tmp/.packages.tar", _pieces(archive))
-                await _command(sandbox, f"mkdir -p {TARGET} && tar -xf /tmp/.packages.tar -C {TARGET}; s=$?; rm -f /tmp/.packages.tar; exit $s")
-                async for _ in backend.run_code(sandbox.handle, SEE, timeout_seconds=30):
+                await backend.write_file(sandbox.machine, "/tmp/.packages.tar", _pieces(archive))
+                await _command(
+                    sandbox,
+                    f"mkdir -p {TARGET} && tar -xf /tmp/.packages.tar -C {TARGET}; s=$?; rm -f /tmp/.packages.tar; exit $s",
+                )
+                async for _ in backend.run_code(sandbox.machine, SEE, timeout_seconds=30):
                     pass
     return await rows(_record, caller, sandbox, reasons, fetched, present)
 
@@ -89,7 +92,7 @@ async def _look(sandbox: Sandbox) -> tuple[str, dict[str, str]]:
 
 async def _command(sandbox: Sandbox, command: str) -> str:
     out, err, code = [], [], None
-    async for event in backends.get(sandbox.backend).run_command(sandbox.handle, command, timeout_seconds=120):
+    async for event in backends.get(sandbox.backend).run_command(sandbox.machine, command, timeout_seconds=120):
         match event.kind:
             case "stdout":
                 out.append(event.data["text"])
@@ -121,14 +124,35 @@ def _fetch(folder: Path, requirements: list[str], version: str, present: dict[st
     (folder / "asked.in").write_text("\n".join(requirements) + "\n")
     (folder / "present.txt").write_text("".join(f"{name}=={v}\n" for name, v in present.items() if "+" not in v))
     where = ["--python-version", version, "--python-platform", "linux", "--only-binary", ":all:", "--no-header", "-q"]
-    _run(_uv(), "pip", "compile", str(folder / "asked.in"), "-c", str(folder / "present.txt"), *where, "--no-annotate", "-o", str(folder / "lock.txt"))
+    _run(
+        _uv(),
+        "pip",
+        "compile",
+        str(folder / "asked.in"),
+        "-c",
+        str(folder / "present.txt"),
+        *where,
+        "--no-annotate",
+        "-o",
+        str(folder / "lock.txt"),
+    )
     lines = [line.split(";")[0].strip() for line in (folder / "lock.txt").read_text().splitlines()]
     pins = [line for line in lines if "==" in line and present.get(line.split("==")[0]) != line.split("==")[1]]
     if not pins:
         return []
     (folder / "missing.txt").write_text("\n".join(pins) + "\n")
     target = folder / "target"
-    _run(_uv(), "pip", "install", "-r", str(folder / "missing.txt"), "--no-deps", "--target", str(target), *[w for w in where if w != "--no-header"])
+    _run(
+        _uv(),
+        "pip",
+        "install",
+        "-r",
+        str(folder / "missing.txt"),
+        "--no-deps",
+        "--target",
+        str(target),
+        *[w for w in where if w != "--no-header"],
+    )
     found = []
     for record in sorted(target.glob("*.dist-info/RECORD")):
         name, _, v = record.parent.name.removesuffix(".dist-info").rpartition("-")
@@ -140,7 +164,9 @@ def _fetch(folder: Path, requirements: list[str], version: str, present: dict[st
 
 def _run(*argv: str) -> None:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=UV_SECONDS, stdin=subprocess.DEVNULL, env=uv_environ())
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=UV_SECONDS, stdin=subprocess.DEVNULL, env=uv_environ()
+        )
     except subprocess.TimeoutExpired as e:
         raise InstallFailed(f"The package index did not answer within {UV_SECONDS} s.") from e
     if done.returncode:
@@ -169,7 +195,9 @@ async def _pieces(archive: Path):
 
 
 @transaction.atomic(durable=True)
-def _record(caller: Caller, sandbox: Sandbox, reasons: dict[str, str], fetched: list[dict], present: dict[str, str]) -> list[Package]:
+def _record(
+    caller: Caller, sandbox: Sandbox, reasons: dict[str, str], fetched: list[dict], present: dict[str, str]
+) -> list[Package]:
     installed = [
         _row(
             caller,

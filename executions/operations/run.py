@@ -15,7 +15,15 @@ from django.utils import timezone
 
 from executions import backends, journal, ledger
 from executions.backends.base import Handle, Limits, SandboxSpec
-from executions.errors import BackendError, BackendUnavailable, NoBackend, Refused, RunTimedOut, SandboxLost, SandgateError
+from executions.errors import (
+    BackendError,
+    BackendUnavailable,
+    NoBackend,
+    Refused,
+    RunTimedOut,
+    SandboxLost,
+    SandgateError,
+)
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Attempt, Event, Execution, IllegalTransition, Sandbox, Usage
@@ -66,8 +74,9 @@ class Run:
         self.stopped_by: BaseException | None = None
         self.on_said: Any = None  # a coroutine function given every event as it comes (the gateway streams from it)
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str) -> None:
         """Somebody asked for it: stop the code as soon as possible."""
+        self.execution.cancel_reason = reason
         self.stop(asyncio.CancelledError("cancel requested"))
 
     def stop(self, why: BaseException) -> None:
@@ -121,14 +130,16 @@ class Run:
                 sandbox = await self._fall_back(e, waiting)
 
     async def _fall_back(self, why: BackendUnavailable, waiting: list[str]) -> Sandbox:
-        failed = self.execution.tried[-1]  # type: ignore[attr-defined]
+        failed = self.execution.tried[-1]
         await rows(self._mark_unavailable, failed, why)
         while waiting:
             alias = waiting.pop(0)
             try:
                 return await rows(next_attempt, caller=caller_of(self.execution), execution=self.execution, alias=alias)
             except Refused as e:
-                log.info("fallback_refused", extra={"execution_id": self.execution.pk, "backend": alias, "code": e.code})
+                log.info(
+                    "fallback_refused", extra={"execution_id": self.execution.pk, "backend": alias, "code": e.code}
+                )
                 why = BackendUnavailable(f"{alias}: {e.detail}")
         raise NoBackend(f"No backend could provide a sandbox; the last said: {why.detail}")
 
@@ -215,17 +226,18 @@ class Run:
             self.events += batch
             if batch:
                 await journal.ring(self.execution.pk)
-            if cancelled:
-                self.cancel()
+            if cancelled is not None:
+                self.cancel(cancelled)
 
-    def _write(self, batch: list[Event], look: bool) -> bool:
+    def _write(self, batch: list[Event], look: bool) -> str | None:
+        """Store a batch; with `look`, show a sign of life and return the reason of a cancel that was asked for."""
         with transaction.atomic(durable=True):
             journal.write(batch)
             mine = Execution.objects.filter(pk=self.execution.pk)
             if not look:
-                return False
+                return None
             mine.update(heartbeat_at=timezone.now())
-        return mine.filter(cancel_requested_at__isnull=False).exists()
+        return mine.filter(cancel_requested_at__isnull=False).values_list("cancel_reason", flat=True).first()
 
     # End
 
@@ -250,7 +262,11 @@ class Run:
                 said = f"Stopped after {self.execution.timeout_seconds} s."
                 return E.TIMED_OUT, {"error_code": e.code, "error_value": said}, AttemptOutcome.RAN
             case BackendError(theirs=True):  # e.g. a path that cannot be written, a context that is not there
-                return E.FAILED if self._ran else E.ERRORED, {"error_code": e.code, "error_value": e.detail}, AttemptOutcome.RAN
+                return (
+                    E.FAILED if self._ran else E.ERRORED,
+                    {"error_code": e.code, "error_value": e.detail},
+                    AttemptOutcome.RAN,
+                )
             case SandgateError():
                 outcome = AttemptOutcome.LOST if isinstance(e, SandboxLost) else AttemptOutcome.UNAVAILABLE
                 return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
@@ -315,7 +331,7 @@ class Run:
             reason=columns.get("error_code", ""),
             **columns,
         )
-        tried = execution.tried[-1]  # type: ignore[attr-defined]
+        tried = execution.tried[-1]
         if tried.outcome == AttemptOutcome.OPEN:
             tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
             Attempt.objects.filter(pk=tried.pk).update(outcome=outcome, code=tried.code, ended_at=ended_at)
@@ -349,7 +365,9 @@ def spec_of(sandbox: Sandbox) -> SandboxSpec:
 
 def caller_of(execution: Execution) -> Caller:
     """Who asked for it, for what is admitted on its behalf later."""
-    return Caller(team=execution.team, agent=execution.agent, key=execution.key, person=execution.actor, door=execution.door)
+    return Caller(
+        team=execution.team, agent=execution.agent, key=execution.key, person=execution.actor, door=execution.door
+    )
 
 
 __all__ = ["Run", "drain", "kill", "running", "spec_of", "start"]

@@ -40,6 +40,7 @@ from executions.serializers import SessionRequest
 from executions.states import EndReason, SandboxState, Scope
 
 S = SandboxState
+SESSION_ENDED = "the session was ended"
 log = logging.getLogger(__name__)
 
 
@@ -132,7 +133,7 @@ async def end_session(*, caller: Caller, session_id: str, reason: str = EndReaso
     sandbox = await rows(_to_end, caller, session_id)
     for execution_id in await rows(_open_in, sandbox):
         if here := run.running(execution_id):
-            here.cancel()
+            here.cancel(SESSION_ENDED)
     await reap.retire(sandbox, reason)
     await rows(sandbox.refresh_from_db)
     return sandbox
@@ -146,7 +147,7 @@ def _to_end(caller: Caller, session_id: str) -> Sandbox:
 def _open_in(sandbox: Sandbox) -> list[str]:
     open_ones = Execution.objects.open().filter(sandbox=sandbox)
     open_ones.filter(cancel_requested_at__isnull=True).update(
-        cancel_requested_at=timezone.now(), cancel_reason="the session was ended"
+        cancel_requested_at=timezone.now(), cancel_reason=SESSION_ENDED
     )
     return list(open_ones.values_list("pk", flat=True))
 
@@ -156,7 +157,7 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
     if not 1 <= seconds <= 86_400:
         raise Invalid("timeout_seconds: between 1 and 86400.", field="timeout_seconds")
     sandbox = await rows(_extend, caller, session_id, seconds)
-    await backends.get(sandbox.backend).set_timeout(sandbox.handle, seconds + pool.MARGIN_SECONDS)
+    await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds)
     return sandbox
 
 
@@ -187,8 +188,8 @@ async def restart_session(*, caller: Caller, session_id: str) -> None:
     sandbox = await _alive(caller, session_id)
     backend = backends.get(sandbox.backend)
     with gone_is_recorded(sandbox):
-        for context in await backend.list_contexts(sandbox.handle):
-            await backend.restart_context(sandbox.handle, context["id"])
+        for context in await backend.list_contexts(sandbox.machine):
+            await backend.restart_context(sandbox.machine, context["id"])
 
 
 # Files: all access happens inside the sandbox; no path here ever names one of the host's.
@@ -219,14 +220,14 @@ async def put_file(*, caller: Caller, session_id: str, path: str, data: bytes | 
     path = _checked(path)
     sandbox = await _alive(caller, session_id)
     with gone_is_recorded(sandbox):
-        await backends.get(sandbox.backend).write_file(sandbox.handle, path, data)
+        await backends.get(sandbox.backend).write_file(sandbox.machine, path, data)
 
 
 async def get_file(*, caller: Caller, session_id: str, path: str) -> AsyncIterator[bytes]:
     """The file in pieces; the first piece has been read when this returns, so that errors come first."""
     path = _checked(path)
     sandbox = await _alive(caller, session_id, Scope.READ)
-    pieces = backends.get(sandbox.backend).read_file(sandbox.handle, path)
+    pieces = backends.get(sandbox.backend).read_file(sandbox.machine, path)
     with gone_is_recorded(sandbox):
         first = await anext(pieces, b"")
 
@@ -242,14 +243,14 @@ async def list_files(*, caller: Caller, session_id: str, path: str = "/home/user
     path = _checked(path)
     sandbox = await _alive(caller, session_id, Scope.READ)
     with gone_is_recorded(sandbox):
-        return await backends.get(sandbox.backend).list_files(sandbox.handle, path, depth=depth)
+        return await backends.get(sandbox.backend).list_files(sandbox.machine, path, depth=depth)
 
 
 async def remove_file(*, caller: Caller, session_id: str, path: str) -> None:
     path = _checked(path)
     sandbox = await _alive(caller, session_id)
     with gone_is_recorded(sandbox):
-        await backends.get(sandbox.backend).remove_file(sandbox.handle, path)
+        await backends.get(sandbox.backend).remove_file(sandbox.machine, path)
 
 
 class gone_is_recorded:
@@ -269,4 +270,13 @@ class gone_is_recorded:
             raise SessionGone("The session's sandbox has died.", session_id=self.sandbox.pk) from error
 
 
-__all__ = ["end_session", "extend_session", "get_file", "list_files", "open_session", "put_file", "remove_file", "restart_session"]
+__all__ = [
+    "end_session",
+    "extend_session",
+    "get_file",
+    "list_files",
+    "open_session",
+    "put_file",
+    "remove_file",
+    "restart_session",
+]

@@ -61,7 +61,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         route = routes.plan(caller, asked=[sandbox.backend], language=request.language, commands=is_command)
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
         timeout = max(1, min(timeout, left))
-        path = (E.QUEUED, E.STARTING, E.RUNNING)
+        path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
     else:
         route = routes.plan(caller, asked=request.route, language=request.language, commands=is_command)
         template = find_template(agent, request.template)
@@ -111,10 +111,9 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         Attempt(execution=execution, number=len(attempts) + 1, backend=sandbox.backend, sandbox=sandbox, started_at=now)
     )
     Attempt.objects.bulk_create(attempts)
-    execution.tried = attempts  # type: ignore[attr-defined]
+    execution.tried = attempts
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)
-    execution.replayed = False  # type: ignore[attr-defined]
     return execution
 
 
@@ -128,9 +127,12 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
         )
         Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
         attempt = Attempt.objects.create(
-            execution=execution, number=len(execution.tried) + 1, backend=alias, sandbox=sandbox  # type: ignore[attr-defined]
+            execution=execution,
+            number=len(execution.tried) + 1,
+            backend=alias,
+            sandbox=sandbox,
         )
-        execution.tried.append(attempt)  # type: ignore[attr-defined]
+        execution.tried.append(attempt)
     execution.sandbox, execution.backend = sandbox, alias
     return sandbox
 
@@ -150,7 +152,9 @@ def claim_session(caller: Caller, session_id: str) -> Sandbox:
 
 def find_session(caller: Caller, session_id: str) -> Sandbox:
     """A session of the caller's team, and of their agent when they have one. Another's is not found."""
-    sandbox = Sandbox.objects.select_related("agent", "template").filter(id=session_id, team=caller.team, kept=True).first()
+    sandbox = (
+        Sandbox.objects.select_related("agent", "template").filter(id=session_id, team=caller.team, kept=True).first()
+    )
     if sandbox is None or (caller.key is not None and caller.key.agent_id not in (None, sandbox.agent_id)):
         raise NotFound(f"There is no session {session_id}.", field="session_id")
     return sandbox
@@ -194,7 +198,9 @@ def _command_line(request: Submission) -> str:
 def replay(agent: Agent, token: str, fingerprint: str) -> Any:
     """What was admitted under this token before, marked as `replayed`; None for a new one. Raises KeyReused."""
     record = (
-        IdempotencyRecord.objects.select_related("execution__sandbox__template", "execution__agent", "sandbox__agent", "sandbox__template")
+        IdempotencyRecord.objects.select_related(
+            "execution__sandbox__template", "execution__agent", "sandbox__agent", "sandbox__template"
+        )
         .filter(agent=agent, token=token)
         .first()
     )
@@ -202,7 +208,7 @@ def replay(agent: Agent, token: str, fingerprint: str) -> Any:
         return None
     if record.fingerprint != fingerprint:
         raise KeyReused
-    row = record.execution or record.sandbox
+    row: Any = record.execution or record.sandbox
     row.replayed = True
     return row
 
@@ -224,7 +230,12 @@ class TwinAdmitted(Exception):
 def record_refusal(caller: Caller, refusal: Refused) -> None:
     """Keep a denied admission, repeats within the hour as a count."""
     now = timezone.now()
-    who = (caller.team.pk, caller.agent and caller.agent.pk, caller.key and caller.key.pk, caller.person and caller.person.pk)
+    who = (
+        caller.team.pk,
+        caller.agent and caller.agent.pk,
+        caller.key and caller.key.pk,
+        caller.person and caller.person.pk,
+    )
     roll = hashlib.sha256(json.dumps([*who, refusal.code, now.strftime("%Y%m%d%H")]).encode()).hexdigest()
     row, fresh = Refusal.objects.get_or_create(
         roll=roll,

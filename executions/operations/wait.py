@@ -37,7 +37,7 @@ async def execute(
         return submit(caller=who, request=what, idempotency_key=idempotency_key)
 
     execution = await rows(admit)
-    if execution.replayed:  # type: ignore[attr-defined]
+    if execution.replayed:
         return await wait(execution, wait_seconds)
     run = start(execution)
     assert run.task is not None
@@ -46,10 +46,10 @@ async def execute(
     except asyncio.CancelledError:
         if execution.cancel_on_disconnect:
             await rows(request_cancel, execution=execution, reason="the caller went away")
-            run.cancel()
+            run.cancel(execution.cancel_reason)
         raise
     if run.task.done() and not execution.is_open:
-        return execution_shape(execution, events=run.events, attempts=execution.tried)  # type: ignore[attr-defined]
+        return execution_shape(execution, events=run.events, attempts=execution.tried)
     return await rows(_shape, execution.pk)
 
 
@@ -90,6 +90,5 @@ async def cancel(*, execution: Execution, caller: Caller | None = None, reason: 
     """Ask for the end of a run; at once where this process runs it. False when it has already ended."""
     asked = await rows(request_cancel, execution=execution, caller=caller, reason=reason)
     if asked and (here := running(execution.pk)):
-        here.cancel()
+        here.cancel(execution.cancel_reason)
     return asked
-

@@ -1,0 +1,146 @@
+"""After a process died on any line, the records are made true, and nothing is run twice."""
+
+from datetime import timedelta
+
+import pytest
+from django.utils import timezone
+
+from executions import operations
+from executions.backends import scripted
+from executions.backends.base import SandboxSpec
+from executions.hop import rows
+from executions.models import Attempt, Execution, Quota, Sandbox, Usage
+from executions.operations import run as running
+from executions.operations.run import spec_of
+from executions.serializers import SessionRequest
+from executions.states import ExecutionState, SandboxState, Unit, Window
+from tests.plane.conftest import asks
+
+pytestmark = pytest.mark.django_db
+
+
+def machines(alias: str = "first"):
+    return scripted._machines.setdefault(alias, {})
+
+
+async def admitted(caller) -> Execution:
+    return await rows(operations.submit, caller=caller, request=asks())
+
+
+async def its_runner_dies(execution: Execution) -> None:
+    """As far as the records show: the sign of life is a minute old."""
+    old = timezone.now() - timedelta(minutes=1)
+    await Execution.objects.filter(pk=execution.pk).aupdate(heartbeat_at=old)
+
+
+async def test_a_runner_that_died_before_the_backend_was_asked_leaves_nothing(caller):
+    budget = await Quota.objects.acreate(team=caller.team, unit=Unit.NANO_USD, window=Window.DAY, limit=10**12)
+    execution = await admitted(caller)
+    await its_runner_dies(execution)
+    await Sandbox.objects.aupdate(created_at=timezone.now() - timedelta(minutes=2))
+
+    await operations.reap()
+
+    await execution.arefresh_from_db()
+    sandbox = await Sandbox.objects.aget()
+    assert (execution.state, execution.error_code) == (ExecutionState.ERRORED, "runner_lost")
+    assert "before any code had run" in execution.error_value
+    assert (sandbox.state, sandbox.end_reason, sandbox.reserved_nano_usd) == (SandboxState.GONE, "lost", 0)
+    await budget.arefresh_from_db()
+    assert budget.reserved == 0
+
+
+async def test_a_runner_that_died_between_create_and_record_leaves_no_machine(caller):
+    execution = await admitted(caller)
+    await running.backends.get("first").create(spec_of(execution.sandbox))
+    await its_runner_dies(execution)
+    await Sandbox.objects.aupdate(created_at=timezone.now() - timedelta(minutes=2))
+
+    await operations.reap()
+
+    assert not machines()[execution.sandbox.provider_name].alive
+    assert (await Sandbox.objects.aget()).state == SandboxState.GONE
+
+
+async def test_a_runner_that_died_while_code_ran_has_errored_and_is_not_run_again(caller):
+    execution = await admitted(caller)
+    name = execution.sandbox.provider_name
+    handle = await running.backends.get("first").create(spec_of(execution.sandbox))
+    await rows(running.Run(execution)._mark_running, execution.sandbox, handle)
+    await its_runner_dies(execution)
+
+    await operations.reap()
+    await operations.reap()
+
+    await execution.arefresh_from_db()
+    assert (execution.state, execution.error_code) == (ExecutionState.ERRORED, "runner_lost")
+    assert "may have run in part" in execution.error_value
+    assert (await Attempt.objects.aget()).outcome == "lost"
+    assert not machines()[name].alive
+    sandbox = await Sandbox.objects.aget()
+    assert sandbox.state == SandboxState.GONE
+    spent = [u.cost_nano_usd async for u in Usage.objects.all()]
+    assert sum(spent) == sandbox.spent_nano_usd > 0
+
+
+async def test_what_was_cancelled_before_its_runner_died_is_cancelled(caller):
+    execution = await admitted(caller)
+    await rows(operations.request_cancel, execution=execution, reason="enough")
+    await its_runner_dies(execution)
+
+    await operations.reap()
+
+    await execution.arefresh_from_db()
+    assert execution.state == ExecutionState.CANCELLED
+
+
+async def test_what_runs_and_shows_signs_of_life_is_left_alone(caller):
+    execution = await admitted(caller)
+
+    assert await operations.reap() == 0
+
+    await execution.arefresh_from_db()
+    assert execution.state == ExecutionState.STARTING
+
+
+async def test_a_session_ends_when_it_is_idle_or_its_time_is_over(caller):
+    idle = await operations.open_session(caller=caller, request=SessionRequest())
+    over = await operations.open_session(caller=caller, request=SessionRequest())
+    live = await operations.open_session(caller=caller, request=SessionRequest())
+    past = timezone.now() - timedelta(hours=1)
+    await Sandbox.objects.filter(pk=idle.pk).aupdate(last_used_at=past)
+    await Sandbox.objects.filter(pk=over.pk).aupdate(leased_until=past)
+
+    await operations.reap()
+
+    ends = {s.pk: (s.state, s.end_reason) async for s in Sandbox.objects.all()}
+    assert ends == {
+        idle.pk: (SandboxState.GONE, "idle"),
+        over.pk: (SandboxState.GONE, "expired"),
+        live.pk: (SandboxState.LEASED, ""),
+    }
+
+
+async def test_a_kill_is_asked_for_again_until_it_is_confirmed(caller, behave):
+    behave("first", BEHAVES="loses_kills")
+    await operations.execute(caller=caller, request=asks())
+    assert await operations.reap() == 0
+    behave("first")
+
+    assert await operations.reap() == 1
+
+    sandbox = await Sandbox.objects.aget()
+    assert (sandbox.state, sandbox.end_reason, sandbox.reserved_nano_usd) == (SandboxState.GONE, "finished", 0)
+
+
+async def test_a_machine_whose_row_is_gone_is_killed_and_a_strangers_is_not(caller):
+    await operations.execute(caller=caller, request=asks())
+    sandbox = await Sandbox.objects.aget()
+    backend = running.backends.get("first")
+    await backend.create(SandboxSpec(sandbox.provider_name, "default", 600))
+    await backend.create(SandboxSpec("sbx01somebodyelses", "default", 600))
+
+    assert await operations.reap() == 1
+
+    assert not machines()[sandbox.provider_name].alive
+    assert machines()["sbx01somebodyelses"].alive
