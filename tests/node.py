@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from asgiref.sync import async_to_sync
+from typing import Any
 
 from executions.backends import local
 from tests import servers
@@ -36,7 +36,7 @@ def running_node(python: Path, *, ready: bool = True, **popen) -> Iterator[Runni
         backend = local.LocalBackend("local", {"RUN_DIR": str(run_dir)})
         try:
             if ready:
-                _wait(process, backend)
+                wait_ready(process, run_dir)
             yield RunningNode(run_dir, process, backend)
         finally:
             process.terminate()
@@ -47,16 +47,42 @@ def running_node(python: Path, *, ready: bool = True, **popen) -> Iterator[Runni
                 process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], backend: local.LocalBackend) -> None:
+def wait_ready(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Return when every template is ready. RuntimeError when one is broken, or after a minute."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        check = async_to_sync(backend.check)()
-        if check.ok:
-            return
-        if "broken" in check.detail:
-            raise RuntimeError(check.detail)
         time.sleep(0.05)  # a template warms up; there is nothing to wait on from outside
+        states = {name: template["state"] for name, template in ask(run_dir, op="check").get("templates", {}).items()}
+        if states and set(states.values()) == {"ready"}:
+            return
+        if "broken" in states.values():
+            raise RuntimeError(f"a template is broken: {ask(run_dir, op='check')}")
     raise RuntimeError("the node did not become ready")
+
+
+def ask(run_dir: Path, **request: Any) -> dict[str, Any]:
+    """One request to a node; {} while it does not listen."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            folder = os.open(run_dir, os.O_PATH)  # its path may be longer than a socket's address
+        except OSError:
+            return {}
+        try:
+            connection.connect(f"/proc/self/fd/{folder}/node.sock")
+        except OSError:
+            return {}
+        finally:
+            os.close(folder)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        with connection.makefile() as replies:
+            return json.loads(replies.readline() or "{}")
+
+
+def listening(node: RunningNode) -> None:
+    """Return when the node answers, whatever its templates do."""
+    while not ask(node.run_dir, op="check"):
+        assert node.process.poll() is None
+        time.sleep(0.01)
 
 
 def connected_socket(path: Path) -> socket.socket:

@@ -37,7 +37,13 @@ class LocalBackend(Backend):
     """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; TEMPLATES, {name: python}."""
 
     capabilities = Capabilities(
-        languages=frozenset({"python", "bash"}), commands=True, files=True, contexts=True, packages=True, ports=True
+        languages=frozenset({"python", "bash"}),
+        commands=True,
+        files=True,
+        contexts=True,
+        packages=True,
+        metrics=True,
+        ports=True,
     )
     isolation = "namespaces"
 

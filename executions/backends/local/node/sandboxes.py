@@ -109,6 +109,7 @@ class Sandbox:
                 listener = socket.socket(socket.AF_UNIX)
                 self._listeners.append(listener)
                 listener.bind(f"/proc/self/fd/{folder}/{port}.sock")  # a socket's path has 108 bytes, a folder's more
+                os.chmod(f"{port}.sock", 0o600, dir_fd=folder)
                 listener.listen(128)
         finally:
             os.close(folder)

@@ -211,6 +211,7 @@ class Node:
         listener = socket.socket(socket.AF_UNIX)
         os.umask(0o077)
         listener.bind(f"/proc/self/fd/{folder}/node.sock")
+        os.chmod("node.sock", 0o600, dir_fd=folder)
         server = await asyncio.start_unix_server(self.connected, sock=listener, limit=1 << 20)
         lives = [asyncio.create_task(zygote.run()) for zygote in self.zygotes.values()]
         lives.append(asyncio.create_task(self.watch()))
