@@ -172,8 +172,9 @@ class E2BBackend(Backend):
             }
 
     async def connect(self, handle: Handle) -> None:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            if not await (await self._sandbox(handle)).is_running():
+            if not await sandbox.is_running():
                 raise SandboxLost
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:
@@ -337,37 +338,44 @@ class E2BBackend(Backend):
     # contexts
 
     async def list_contexts(self, handle: Handle) -> list[dict[str, Any]]:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            return [_context(c) for c in await (await self._sandbox(handle)).list_code_contexts()]
+            return [_context(c) for c in await sandbox.list_code_contexts()]
 
     async def create_context(self, handle: Handle, *, language: str, cwd: str | None = None) -> dict[str, Any]:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            return _context(await (await self._sandbox(handle)).create_code_context(cwd=cwd, language=language))
+            return _context(await sandbox.create_code_context(cwd=cwd, language=language))
 
     async def restart_context(self, handle: Handle, context_id: str) -> None:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            await (await self._sandbox(handle)).restart_code_context(context_id)
+            await sandbox.restart_code_context(context_id)
 
     async def remove_context(self, handle: Handle, context_id: str) -> None:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            await (await self._sandbox(handle)).remove_code_context(context_id)
+            await sandbox.remove_code_context(context_id)
 
     # files
 
     async def write_file(self, handle: Handle, path: str, data: bytes | AsyncIterator[bytes]) -> None:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            await (await self._sandbox(handle)).files.write(path, data)
+            await sandbox.files.write(path, data)
 
     async def read_file(self, handle: Handle, path: str) -> AsyncIterator[bytes]:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            reader = await (await self._sandbox(handle)).files.read(path, format="stream")
+            reader = await sandbox.files.read(path, format="stream")
             async with reader:
                 async for piece in reader:
                     yield piece
 
     async def list_files(self, handle: Handle, path: str, *, depth: int = 1) -> list[FileInfo]:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            entries = await (await self._sandbox(handle)).files.list(path, depth=depth)
+            entries = await sandbox.files.list(path, depth=depth)
         return [
             FileInfo(
                 name=entry.name,
@@ -381,8 +389,9 @@ class E2BBackend(Backend):
         ]
 
     async def remove_file(self, handle: Handle, path: str) -> None:
+        sandbox = await self._sandbox(handle)
         with self._translated():
-            await (await self._sandbox(handle)).files.remove(path)
+            await sandbox.files.remove(path)
 
 
 def _context(context: Any) -> dict[str, Any]:
