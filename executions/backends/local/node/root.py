@@ -74,8 +74,9 @@ def build(at: str, shown: list[str]) -> None:
     for path, descriptor in opened.items():
         _show(f"/proc/self/fd/{descriptor}", root / path[1:])
         os.close(descriptor)
+    # before the old root goes: in a user namespace a new /proc needs another one that is wholly visible
+    linux.mount("proc", str(root / "proc"), "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.pivot_root(at)
-    linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.mount(
         "sandgate", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=64m,mode=1777"
     )  # the zygote scribbles
