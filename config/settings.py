@@ -95,7 +95,7 @@ TEMPLATES = [
                 "django.contrib.auth.context_processors.auth",
                 "django.contrib.messages.context_processors.messages",
             ],
-            "libraries": {"console": "executions.console.tags"},
+            "libraries": {"console": "executions.console.tags", "show": "executions.admin.tags"},
         },
     }
 ]
@@ -166,7 +166,7 @@ USE_I18N = False
 
 STATIC_URL = "/static/"
 STATIC_ROOT = DATA / "static"
-STATICFILES_DIRS = [("console", BASE_DIR / "static" / "console")]  # its sources are not served
+STATICFILES_DIRS = [(name, BASE_DIR / "static" / name) for name in ("console", "admin")]  # the sources are not served
 
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = HTTPS
 SESSION_COOKIE_HTTPONLY = True
@@ -244,4 +244,35 @@ LOGGING = {
     },
 }
 
-UNFOLD = {"SITE_TITLE": "Sandgate", "SITE_HEADER": "Sandgate", "SITE_SYMBOL": "shield", "SHOW_HISTORY": False}
+UNFOLD = {
+    "SITE_TITLE": "Sandgate",
+    "SITE_HEADER": "Sandgate",
+    "SITE_SUBHEADER": "for operators",
+    "SITE_URL": "/",
+    "SITE_ICON": "executions.admin.navigation.icon",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": "executions.admin.navigation.icon"}],
+    "SHOW_HISTORY": False,
+    "DASHBOARD_CALLBACK": "executions.admin.first_page.first_page",
+    "STYLES": ["executions.admin.navigation.stylesheet"],
+    "SIDEBAR": {"command_search": True, "navigation": "executions.admin.navigation.sidebar"},
+    "COMMAND": {
+        "search_models": ["executions.agent", "executions.apikey", "executions.team", "executions.template", "executions.user"],
+        "search_callback": "executions.admin.navigation.find",
+    },
+    "BORDER_RADIUS": "6px",
+    "COLORS": {
+        "primary": {  # indigo
+            "50": "#eef2ff",
+            "100": "#e0e7ff",
+            "200": "#c7d2fe",
+            "300": "#a5b4fc",
+            "400": "#818cf8",
+            "500": "#6366f1",
+            "600": "#4f46e5",
+            "700": "#4338ca",
+            "800": "#3730a3",
+            "900": "#312e81",
+            "950": "#1e1b4b",
+        },
+    },
+}

@@ -1,0 +1,158 @@
+"""What the pages share: records that nobody changes by hand, configuration whose every change is written down."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.db.models import Model
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect
+from unfold.admin import ModelAdmin, TabularInline
+
+from executions import audit
+from executions.admin import show
+from executions.keys import Caller
+from executions.models import ApiKey, Team
+
+SECRET = {"digest", "password"}
+UNREMARKABLE = {"last_login"}
+
+
+def caller_of(request: HttpRequest, team: Team | None) -> Caller:
+    """The signed-in operator, acting on a row of `team` (none for rows of the whole installation)."""
+    return Caller(
+        team=team,  # type: ignore[arg-type]
+        agent=None,
+        person=request.user,  # type: ignore[arg-type]
+        door="admin",
+        ip=request.META.get("REMOTE_ADDR") or None,
+        request_id=getattr(request, "id", ""),
+    )
+
+
+def write_down(request: HttpRequest, action: str, row: Model, **facts: Any) -> None:
+    """One audit event: this operator did `action` to `row`."""
+    team = None if isinstance(row, Team) and action.endswith("_deleted") else _team(row)
+    audit.record(action, caller=caller_of(request, team), subject=subject(row), **facts)
+
+
+def subject(row: Model) -> str:
+    return row.pk if isinstance(row.pk, str) else f"{noun(type(row))} {row.pk}"
+
+
+def noun(model: type[Model]) -> str:
+    return "key" if model is ApiKey else str(model._meta.model_name)
+
+
+def _team(row: Model) -> Team | None:
+    return row if isinstance(row, Team) else getattr(row, "team", None)
+
+
+def facts(row: Model) -> dict[str, Any]:
+    """What a row says now, many-to-many relations included."""
+    found = {field.attname: getattr(row, field.attname) for field in row._meta.concrete_fields}
+    for field in row._meta.many_to_many:
+        found[field.name] = sorted(getattr(row, field.name).values_list("pk", flat=True))
+    return found
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict, dict]:
+    """Only what differs, fit for the audit: secrets are named, never shown."""
+    names = sorted((before.keys() | after.keys()) - UNREMARKABLE)
+    changed = [name for name in names if before.get(name) != after.get(name)]
+
+    def told(side: dict[str, Any]) -> dict[str, Any]:
+        return {name: "(secret)" if name in SECRET else _plain(side[name]) for name in changed if name in side}
+
+    return told(before), told(after)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+
+
+class Page(ModelAdmin):
+    """Defaults of every list."""
+
+    list_per_page = 50
+    list_filter_submit = True
+    list_fullwidth = True
+    show_full_result_count = False
+    view_on_site = False
+
+    def history_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
+        """The audit is the one history of configuration."""
+        name = object_id if "_" in object_id else f"{noun(self.model)} {object_id}"
+        return redirect(show.rows_of("auditevent", q=name))
+
+    def has_pull_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Whoever may change such rows may pull their levers, also where the rows themselves are read-only."""
+        return request.user.has_perm(f"{self.opts.app_label}.change_{self.opts.model_name}")
+
+
+class RecordPage(Page):
+    """Rows that the product writes: to be read, never changed by hand."""
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class ConfigurationPage(Page):
+    """Rows that operators own; each change is an AuditEvent with before and after, and Django's own log stays empty."""
+
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        row = super().get_object(request, object_id, from_field)
+        if row is not None and request.method == "POST":
+            request.before = facts(row)  # type: ignore[attr-defined]
+        return row
+
+    def log_addition(self, request: HttpRequest, obj: Any, message: Any) -> None:
+        write_down(request, f"{noun(type(obj))}_made", obj, after=difference({}, facts(obj))[1])
+
+    def log_change(self, request: HttpRequest, obj: Any, message: Any) -> None:
+        stored = type(obj)._base_manager.get(pk=obj.pk)
+        before, after = difference(request.before, facts(stored))  # type: ignore[attr-defined]
+        if before or after:
+            write_down(request, f"{noun(type(obj))}_changed", obj, before=before, after=after)
+
+    def log_deletions(self, request: HttpRequest, queryset: Any) -> None:
+        for row in queryset:
+            write_down(request, f"{noun(type(row))}_deleted", row, before=difference({}, facts(row))[1])
+
+    def save_formset(self, request: HttpRequest, form: Any, formset: Any, change: bool) -> None:
+        name = noun(formset.model)
+        held = formset.model._base_manager.in_bulk([f.instance.pk for f in formset.initial_forms if f.instance.pk])
+        told = {pk: facts(row) for pk, row in held.items()}
+        for doomed in formset.deleted_forms if formset.can_delete else []:
+            if row := held.get(doomed.instance.pk):
+                write_down(request, f"{name}_deleted", row, before=difference({}, told[row.pk])[1])
+        super().save_formset(request, form, formset, change)
+        for row in formset.new_objects:
+            write_down(request, f"{name}_made", row, after=difference({}, facts(row))[1])
+        for row, _ in formset.changed_objects:
+            before, after = difference(told[row.pk], facts(row))
+            if before or after:
+                write_down(request, f"{name}_changed", row, before=before, after=after)
+
+
+class RecordInline(TabularInline):
+    """Rows shown on another row's page."""
+
+    extra = 0
+    can_delete = False
+    show_change_link = True
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False

@@ -1,0 +1,66 @@
+"""Quotas as operators read them: what is used and reserved now, of the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from django.db.models import Count
+from django.utils import timezone
+from django.utils.safestring import SafeString
+
+from executions import quotas
+from executions.admin import show
+from executions.costs import usd
+from executions.models import Quota, Team
+from executions.states import Unit, Window
+
+
+def with_use(found: Iterable[Quota]) -> list[Quota]:
+    """The quotas with `now_used`, in at most two queries however many they are."""
+    found = list(found)
+    counts = {
+        unit: list(model.objects.open().values("team", "agent", "key").annotate(rows=Count("pk")))
+        for unit, model in quotas.CONCURRENT.items()
+        if any(quota.unit == unit for quota in found)
+    }
+    for quota in found:
+        quota.now_used = _used(quota, counts.get(quota.unit))  # type: ignore[attr-defined]
+    return found
+
+
+def _used(quota: Quota, counts: list[dict[str, Any]] | None) -> int:
+    if counts is not None:
+        for scope in ("key", "agent", "team"):
+            if own := getattr(quota, f"{scope}_id"):
+                return sum(row["rows"] for row in counts if row[scope] == own)
+        return sum(row["rows"] for row in counts)
+    start = quotas.window_start(quota.window, zone_of(quota), timezone.now())
+    over = start is not None and quota.window_started_at < start  # nobody has asked in this window yet
+    return 0 if over else quota.used
+
+
+def zone_of(quota: Quota) -> str:
+    owner = quota.key or quota.agent
+    team: Team | None = owner.team if owner else quota.team
+    return team.time_zone if team else "UTC"
+
+
+def amount(quota: Quota, value: int) -> str:
+    return usd(value) if quota.unit == Unit.NANO_USD else f"{value:,}"
+
+
+def gauge(quota: Quota) -> SafeString:
+    """The bar, and in words: `$0.42 and $0.10 reserved of $5.00`."""
+    used = getattr(quota, "now_used", None)
+    used = with_use([quota])[0].now_used if used is None else used  # type: ignore[attr-defined]
+    reserved = f" and {amount(quota, quota.reserved)} reserved" if quota.reserved else ""
+    text = f"{amount(quota, used)}{reserved} of {amount(quota, quota.limit)}"
+    return show.bar(used, quota.reserved, quota.limit, text)
+
+
+def what(quota: Quota) -> str:
+    unit = "money" if quota.unit == Unit.NANO_USD else quota.get_unit_display().lower()
+    if quota.unit in quotas.CONCURRENT:
+        return unit.replace("concurrent ", "") + " at a time"
+    return f"{unit} in total" if quota.window == Window.TOTAL else f"{unit} per {quota.window}"

@@ -1,0 +1,246 @@
+"""What operators type, in the form in which they think it: names with commas, dollars, `NAME=value`."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+from zoneinfo import available_timezones
+
+from django import forms
+from unfold.widgets import (
+    UnfoldAdminCheckboxSelectMultipleWidget,
+    UnfoldAdminDecimalFieldWidget,
+    UnfoldAdminSelectWidget,
+    UnfoldAdminTextareaWidget,
+    UnfoldAdminTextInputWidget,
+)
+
+from executions import backends, costs, packages
+from executions.errors import Invalid
+from executions.models import Agent, ApiKey, Quota, Rate, Team, Template
+from executions.quotas import CONCURRENT
+from executions.states import LANGUAGES, Scope, Unit, Window
+
+LARGEST = 2**63 - 1
+
+
+class Names(forms.CharField):
+    """A list, typed with commas."""
+
+    widget = UnfoldAdminTextInputWidget
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"required": False, **kwargs})
+
+    def prepare_value(self, value: Any) -> Any:
+        return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+    def to_python(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return value
+        return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", value or ""))))
+
+
+class Choices(forms.MultipleChoiceField):
+    widget = UnfoldAdminCheckboxSelectMultipleWidget
+
+    def __init__(self, words: Any, **kwargs: Any) -> None:
+        super().__init__(**{"required": False, "choices": [(word, word) for word in words], **kwargs})
+
+
+class Variables(forms.CharField):
+    """A dictionary, typed as one NAME=value a line."""
+
+    widget = UnfoldAdminTextareaWidget
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"required": False, **kwargs})
+
+    def prepare_value(self, value: Any) -> Any:
+        return "\n".join(f"{name}={said}" for name, said in value.items()) if isinstance(value, dict) else value
+
+    def to_python(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        found = {}
+        for line in (value or "").splitlines():
+            name, equals, said = line.strip().partition("=")
+            if not name:
+                continue
+            if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise forms.ValidationError(f"{line.strip()[:60]!r} is not NAME=value.")
+            found[name] = said
+        return found
+
+
+def known_backends(aliases: list[str]) -> list[str]:
+    """Raises ValidationError for an alias that is not configured."""
+    known = backends.aliases()
+    for alias in aliases:
+        if alias not in known:
+            raise forms.ValidationError(f"There is no backend {alias!r}; there are {', '.join(known)}.")
+    return aliases
+
+
+def backend_choices(empty: str | None = None) -> list[tuple[str, str]]:
+    return ([("", empty)] if empty is not None else []) + [(alias, alias) for alias in backends.aliases()]
+
+
+class AgentForm(forms.ModelForm):
+    route = Names(help_text="Backends in order, with commas, such as: e2b, local. Empty: every configured one, in order.")
+    languages = Choices(LANGUAGES, help_text="None ticked: every language there is.")
+    tools = Names(help_text="MCP tools that it sees, with commas. Empty: all.")
+    packages = Names(help_text="Packages that it may install, with commas. Empty: none. A single *: any.")
+
+    class Meta:
+        model = Agent
+        fields = "__all__"  # noqa: DJ007
+
+    def clean_route(self) -> list[str]:
+        return known_backends(self.cleaned_data["route"])
+
+    def clean_tools(self) -> list[str]:
+        for tool in self.cleaned_data["tools"]:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", tool):
+                raise forms.ValidationError(f"{tool!r} is not the name of a tool: lowercase letters and _.")
+        return self.cleaned_data["tools"]
+
+    def clean_packages(self) -> list[str]:
+        for package in self.cleaned_data["packages"]:
+            if package == "*":
+                continue
+            try:
+                if packages.name_of(package) and re.search(r"[=<>!~\[]", package):
+                    raise forms.ValidationError(f"{package!r}: the name alone, any version of it may be installed.")
+            except Invalid:
+                raise forms.ValidationError(f"{package!r} is not the name of a package.") from None
+        return self.cleaned_data["packages"]
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or self.cleaned_data
+        if (data.get("timeout_seconds") or 1) > (data.get("timeout_max_seconds") or LARGEST):
+            self.add_error("timeout_max_seconds", "The most is below the default: raise it, or lower the default.")
+        return data
+
+
+class TemplateForm(forms.ModelForm):
+    languages = Choices(LANGUAGES, help_text="What is ready in it.")
+    env = Variables(help_text="One NAME=value a line, for every sandbox. Never secrets: they are stored as they are.")
+
+    class Meta:
+        model = Template
+        fields = "__all__"  # noqa: DJ007
+
+
+class TeamForm(forms.ModelForm):
+    time_zone = forms.ChoiceField(
+        choices=lambda: [(zone, zone) for zone in sorted(available_timezones())],
+        widget=UnfoldAdminSelectWidget,
+        initial="UTC",
+        help_text="Where its days and months begin: quotas and budgets reset there.",
+    )
+
+    class Meta:
+        model = Team
+        fields = "__all__"  # noqa: DJ007
+
+
+class QuotaForm(forms.ModelForm):
+    """Whose it is, what it counts and over which time are chosen once: what is reserved hangs on them."""
+
+    limit = forms.DecimalField(
+        min_value=0,
+        max_digits=19,
+        decimal_places=9,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="Dollars for a budget (5 is $5), a count for everything else.",
+    )
+
+    class Meta:
+        model = Quota
+        fields = "__all__"  # noqa: DJ007
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "unit" in self.fields:
+            words = {Unit.NANO_USD: "money (a budget)"}
+            self.fields["unit"].choices = [(unit, words.get(unit, unit.label)) for unit in Unit]  # type: ignore[attr-defined]
+        if self.instance.pk:
+            for name in {"unit", "window", "team", "agent", "key"} & self.fields.keys():
+                self.fields[name].disabled = True
+            if self.instance.unit == Unit.NANO_USD:
+                self.initial["limit"] = (Decimal(self.instance.limit) / costs.NANO).normalize()
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or self.cleaned_data
+        limit, unit = data.get("limit"), data.get("unit")
+        if limit is None or unit is None:
+            return data
+        if unit == Unit.NANO_USD:
+            limit *= costs.NANO
+        if limit != limit.to_integral_value():
+            self.add_error("limit", "A whole number, please: only a budget has decimals.")
+        elif limit > LARGEST:
+            self.add_error("limit", "That is more than can be counted.")
+        else:
+            data["limit"] = int(limit)
+        if unit in CONCURRENT and data.get("window") != Window.TOTAL:
+            self.add_error("window", "What runs at the same time has no window: choose total.")
+        if sum(data.get(scope) is not None for scope in ("team", "agent", "key")) > 1:
+            self.add_error(None, "A quota belongs to one team, one agent or one key; with none of them, to everybody.")
+        return data
+
+
+class KeyForm(forms.ModelForm):
+    scopes = Choices(Scope.values, required=True, initial=[Scope.RUN, Scope.READ], help_text="What it may do.")
+    backend = forms.ChoiceField(
+        required=False,
+        choices=lambda: backend_choices("any, by the agent's route"),
+        widget=UnfoldAdminSelectWidget,
+        help_text="Bound to one backend: scripted makes a test key that costs nothing.",
+    )
+
+    class Meta:
+        model = ApiKey
+        fields = "__all__"  # noqa: DJ007
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or self.cleaned_data
+        team, agent = data.get("team"), data.get("agent")
+        if team and agent and agent.team_id != team.pk:
+            self.add_error("agent", f"{agent} is an agent of {agent.team}, not of {team}.")
+        return data
+
+
+class RateForm(forms.ModelForm):
+    backend = forms.ChoiceField(choices=backend_choices, widget=UnfoldAdminSelectWidget)
+    nano_usd = forms.DecimalField(
+        label="Dollars a second",
+        min_value=0,
+        max_digits=19,
+        decimal_places=9,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="Of one vCPU, or of one GiB of memory: 0.000014 is $0.05 an hour.",
+    )
+
+    class Meta:
+        model = Rate
+        fields = "__all__"  # noqa: DJ007
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.instance.pk:
+            self.initial["nano_usd"] = f"{Decimal(self.instance.nano_usd) / costs.NANO:f}"
+            if self.instance.backend not in backends.aliases():  # a price of a backend that is not configured now
+                alias = self.instance.backend
+                self.fields["backend"].choices = [(alias, alias), *backend_choices()]  # type: ignore[attr-defined]
+
+    def clean_nano_usd(self) -> int:
+        return int(self.cleaned_data["nano_usd"] * costs.NANO)
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or self.cleaned_data
+        if data.get("valid_to") and data.get("valid_from") and data["valid_to"] <= data["valid_from"]:
+            self.add_error("valid_to", "It would end before it begins.")
+        return data

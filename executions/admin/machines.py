@@ -1,0 +1,170 @@
+"""Sandboxes and what they are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import QuerySet
+from django.db.models.functions import Substr
+from django.http import HttpRequest
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import AutocompleteSelectFilter, BooleanRadioFilter, ChoicesDropdownFilter
+from unfold.decorators import display
+
+from executions.admin import filters, levers, show
+from executions.admin.base import ConfigurationPage, RecordInline, RecordPage
+from executions.admin.forms import TemplateForm
+from executions.admin.runs import HEAVY, is_list
+from executions.models import Execution, Sandbox, Template
+
+
+class RunsInside(RecordInline):
+    model = Execution
+    fields = readonly_fields = ["badge", "says", "took", "cost", "age"]
+    verbose_name_plural = "executions in it"
+    ordering = ["-id"]
+    per_page = 20
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet:
+        return super().get_queryset(request).defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+
+    @display(description="state")
+    def badge(self, row: Execution) -> SafeString:
+        return show.badge(row.state, row.error_code or row.error_name)
+
+    @display(description="code")
+    def says(self, row: Any) -> SafeString:
+        return show.first_line(row.head)
+
+    @display(description="took")
+    def took(self, row: Execution) -> SafeString:
+        return show.number(show.seconds(row.ended_at - row.running_at if row.ended_at and row.running_at else None))
+
+    @display(description="cost")
+    def cost(self, row: Execution) -> SafeString:
+        return show.money(row.cost_nano_usd)
+
+    @display(description="age")
+    def age(self, row: Execution) -> Any:
+        return show.when(row.created_at)
+
+
+@admin.register(Sandbox)
+class SandboxPage(RecordPage):
+    list_display = ["label", "badge", "agent_link", "backend", "isolation", "ends", "reserved", "spent", "age"]
+    list_filter = [
+        filters.OpenOrEnded,
+        filters.Since,
+        ("state", ChoicesDropdownFilter),
+        ("kept", BooleanRadioFilter),
+        filters.ByBackend,
+        ("agent", AutocompleteSelectFilter),
+    ]
+    list_select_related = ["agent"]
+    search_fields = ["id__startswith", "agent__name__startswith", "name__startswith"]
+    search_help_text = "Id, agent, or the session's name, from its beginning."
+    ordering = ["-id"]
+    actions = ["kill"]
+    actions_detail = ["kill"]
+    inlines = [RunsInside]
+    kill = levers.pulls(levers.KILL)
+    fieldsets = [
+        (None, {"fields": ["full_id", "badge", "kept", "name", "team", "agent", "who", "template"]}),
+        ("Machine", {"fields": ["backend", "isolation", "cpu_count", "memory_mib", "env_names", "machine"]}),
+        ("Time", {"fields": ["created_at", "ready_at", "last_used_at", "idle_timeout_seconds", "ends", "ended_at", "end_reason"]}),
+        ("Money", {"fields": ["rate", "reserved", "spent", "metered_until"]}),
+    ]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet:
+        found = super().get_queryset(request)
+        return found.defer("metadata", "env", "handle") if is_list(request) else found
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [name for _, part in self.fieldsets for name in part["fields"]]
+
+    @display(description="sandbox", ordering="id")
+    def label(self, row: Sandbox) -> Any:
+        return show.short(row.pk) if not row.name else f"{row.name[:40]}"
+
+    @display(description="id")
+    def full_id(self, row: Sandbox) -> Any:
+        return show.mono(row.pk)
+
+    @display(description="state", ordering="state")
+    def badge(self, row: Sandbox) -> SafeString:
+        return show.badge(row.state, row.end_reason)
+
+    @display(description="agent", ordering="agent__name")
+    def agent_link(self, row: Sandbox) -> Any:
+        return show.link(row.agent)
+
+    @display(description="who")
+    def who(self, row: Sandbox) -> Any:
+        return row.actor or row.key or show.NONE
+
+    @display(description="ends", ordering="leased_until")
+    def ends(self, row: Sandbox) -> Any:
+        return show.when(row.leased_until) if row.ended_at is None else f"ended: {row.end_reason or 'finished'}"
+
+    @display(description="reserved", ordering="reserved_nano_usd")
+    def reserved(self, row: Sandbox) -> SafeString:
+        return show.money(row.reserved_nano_usd)
+
+    @display(description="spent", ordering="spent_nano_usd")
+    def spent(self, row: Sandbox) -> SafeString:
+        return show.money(row.spent_nano_usd)
+
+    @display(description="a second costs")
+    def rate(self, row: Sandbox) -> SafeString:
+        return show.money(row.rate_nano_usd_per_second)
+
+    @display(description="age", ordering="created_at")
+    def age(self, row: Sandbox) -> Any:
+        return show.when(row.created_at)
+
+    @display(description="environment")
+    def env_names(self, row: Sandbox) -> SafeString:
+        return show.chips(sorted(row.env), "none")
+
+    @display(description="at the backend")
+    def machine(self, row: Sandbox) -> SafeString:
+        return show.mono((row.handle or {}).get("sandbox_id", show.NONE))  # type: ignore[return-value]
+
+
+@admin.register(Template)
+class TemplatePage(ConfigurationPage):
+    form = TemplateForm
+    list_display = ["name", "description", "speaks", "cpus", "memory", "disk", "at_e2b", "badge"]
+    search_fields = ["name"]
+    list_filter = [("is_active", BooleanRadioFilter)]
+    ordering = ["name"]
+    fieldsets = [
+        (None, {"fields": ["name", "description", "is_active"]}),
+        ("What is in it", {"fields": ["languages", "env", "e2b_template"]}),
+        ("Size", {"fields": [("cpu_count", "memory_mib", "disk_mib")]}),
+    ]
+
+    @display(description="languages")
+    def speaks(self, row: Template) -> SafeString:
+        return show.chips(row.languages, "none named")
+
+    @display(description="vCPU", ordering="cpu_count")
+    def cpus(self, row: Template) -> SafeString:
+        return show.number(row.cpu_count)
+
+    @display(description="memory", ordering="memory_mib")
+    def memory(self, row: Template) -> SafeString:
+        return show.number(f"{row.memory_mib:,} MiB")
+
+    @display(description="disk", ordering="disk_mib")
+    def disk(self, row: Template) -> SafeString:
+        return show.number(f"{row.disk_mib:,} MiB")
+
+    @display(description="at E2B")
+    def at_e2b(self, row: Template) -> Any:
+        return show.mono(row.e2b_template or "code-interpreter-v1")
+
+    @display(description="offered", ordering="is_active")
+    def badge(self, row: Template) -> SafeString:
+        return show.badge("on" if row.is_active else "off")

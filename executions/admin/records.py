@@ -1,0 +1,159 @@
+"""What was written down: refusals, the audit, idempotency, packages, sign-in links."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest
+from django.utils import timezone
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesDropdownFilter
+from unfold.decorators import display
+
+from executions.admin import filters, show
+from executions.admin.base import RecordPage
+from executions.models import AuditEvent, IdempotencyRecord, Package, Refusal, SignInLink
+
+
+@admin.register(Refusal)
+class RefusalPage(RecordPage):
+    list_display = ["code", "detail", "count", "agent_link", "who", "age"]
+    list_filter = [filters.SinceLast, ("agent", AutocompleteSelectFilter), ("team", AutocompleteSelectFilter)]
+    list_select_related = ["agent", "key", "actor"]
+    search_fields = ["code", "agent__name__startswith"]
+    ordering = ["-last_at", "-id"]
+    fields = readonly_fields = ["code", "detail", "count", "agent_link", "who", "first_at", "last_at", "whole"]
+
+    @display(description="times", ordering="times")
+    def count(self, row: Refusal) -> SafeString:
+        return show.number(row.times)
+
+    @display(description="agent", ordering="agent__name")
+    def agent_link(self, row: Refusal) -> Any:
+        return show.link(row.agent)
+
+    @display(description="who")
+    def who(self, row: Refusal) -> Any:
+        return row.actor or row.key or show.NONE
+
+    @display(description="last", ordering="last_at")
+    def age(self, row: Refusal) -> Any:
+        return show.when(row.last_at)
+
+    @display(description="facts")
+    def whole(self, row: Refusal) -> SafeString:
+        return show.block(show.pretty(row.facts))
+
+
+@admin.register(AuditEvent)
+class AuditPage(RecordPage):
+    list_display = ["action", "of", "who", "why", "ip", "age"]
+    list_filter = [filters.SinceAt, ("team", AutocompleteSelectFilter)]
+    list_select_related = ["actor", "key"]
+    search_fields = ["action__startswith", "subject", "actor__username", "reason"]
+    search_help_text = "What was done, to which id, by whom, or why."
+    ordering = ["-id"]
+    fields = readonly_fields = ["action", "of", "who", "why", "ip", "at", "was", "became"]
+
+    @display(description="to", ordering="subject")
+    def of(self, row: AuditEvent) -> Any:
+        return show.mono(row.subject)
+
+    @display(description="who")
+    def who(self, row: AuditEvent) -> Any:
+        return row.actor or row.key or "the product"
+
+    @display(description="reason")
+    def why(self, row: AuditEvent) -> str:
+        return row.reason or show.NONE
+
+    @display(description="age", ordering="at")
+    def age(self, row: AuditEvent) -> Any:
+        return show.when(row.at)
+
+    @display(description="before")
+    def was(self, row: AuditEvent) -> Any:
+        return show.NONE if row.before is None else show.block(show.pretty(row.before))
+
+    @display(description="after")
+    def became(self, row: AuditEvent) -> Any:
+        return show.NONE if row.after is None else show.block(show.pretty(row.after))
+
+
+@admin.register(IdempotencyRecord)
+class IdempotencyPage(RecordPage):
+    list_display = ["token", "agent_link", "answered", "age"]
+    list_select_related = ["agent"]
+    search_fields = ["token__startswith", "execution__id__startswith"]
+    ordering = ["-id"]
+
+    @display(description="agent", ordering="agent__name")
+    def agent_link(self, row: IdempotencyRecord) -> Any:
+        return show.link(row.agent)
+
+    @display(description="answered with")
+    def answered(self, row: IdempotencyRecord) -> Any:
+        if row.execution_id:
+            return show.link_to("execution", row.execution_id)
+        return show.link_to("sandbox", row.sandbox_id)
+
+    @display(description="age", ordering="created_at")
+    def age(self, row: IdempotencyRecord) -> Any:
+        return show.when(row.created_at)
+
+
+@admin.register(Package)
+class PackagePage(RecordPage):
+    list_display = ["name", "version", "badge", "reason", "agent_link", "machine", "size", "age"]
+    list_filter = [filters.SinceAt, ("verdict", ChoicesDropdownFilter), ("agent", AutocompleteSelectFilter)]
+    list_select_related = ["agent"]
+    search_fields = ["name__startswith"]
+    ordering = ["-id"]
+
+    @display(description="verdict", ordering="verdict")
+    def badge(self, row: Package) -> SafeString:
+        return show.badge(row.verdict, row.reason)
+
+    @display(description="agent", ordering="agent__name")
+    def agent_link(self, row: Package) -> Any:
+        return show.link(row.agent)
+
+    @display(description="sandbox")
+    def machine(self, row: Package) -> Any:
+        return show.link_to("sandbox", row.sandbox_id)
+
+    @display(description="size", ordering="size_bytes")
+    def size(self, row: Package) -> SafeString:
+        return show.number(show.size(row.size_bytes))
+
+    @display(description="age")
+    def age(self, row: Package) -> Any:
+        return show.when(row.at)
+
+
+@admin.register(SignInLink)
+class SignInLinkPage(RecordPage):
+    """The list alone: a link's own page would have its hash in the address."""
+
+    list_display = ["user", "badge", "until", "used"]
+    list_display_links = None
+    list_select_related = ["user"]
+    ordering = ["-expires_at"]
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return obj is None and super().has_view_permission(request)
+
+    @display(description="standing")
+    def badge(self, row: SignInLink) -> SafeString:
+        if row.used_at:
+            return show.badge("used", "It signs nobody in any more.")
+        return show.badge("live" if row.expires_at > timezone.now() else "expired")
+
+    @display(description="until", ordering="expires_at")
+    def until(self, row: SignInLink) -> Any:
+        return show.when(row.expires_at)
+
+    @display(description="used", ordering="used_at")
+    def used(self, row: SignInLink) -> Any:
+        return show.when(row.used_at)
