@@ -60,7 +60,7 @@ async def open_for(call: Call, language: str, token: str | None) -> str:
 
 def what_fits(refused: BudgetExhausted) -> str:
     """The run that the rest of the budget pays for, when it does not pay for a session."""
-    rate = refused.facts["needed"] / (SESSION_SECONDS + MARGIN_SECONDS)
+    rate = refused.facts["needed"] / SESSION_SECONDS
     seconds = int(refused.facts["remaining"] / rate) - MARGIN_SECONDS
     return f"keep_session=false and timeout_seconds ≤ {seconds} fit." if seconds > 0 else "No run fits any more."
 
