@@ -22,7 +22,7 @@ from executions import costs, journal, keys, operations
 from executions.errors import Invalid, NotFound, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.models import Event, Execution, Sandbox
-from executions.operations.submit import find_session
+from executions.operations import find_session
 from executions.serializers import Submission, parse
 from executions.states import ExecutionState, Scope
 
@@ -276,11 +276,10 @@ class SessionSocket(Socket):
 
     async def on_execute_request(self, content: dict[str, Any]) -> None:
         client_id = str(content.get("client_id", ""))[:64]
-        asked = {name: content[name] for name in ("code", "language") if name in content}
+        asked = {name: content[name] for name in ("code", "language", "timeout_seconds") if name in content}
         request = parse(Submission, {**asked, "session_id": self.id, "agent": self.agent})
-        execution = await rows(
-            operations.submit, caller=self.caller, request=request, idempotency_key=f"console {client_id}"
-        )
+        once = f"console {client_id}" if client_id else None
+        execution = await rows(operations.submit, caller=self.caller, request=request, idempotency_key=once)
         self.clients[execution.pk] = client_id
         if not execution.replayed:
             operations.start(execution)

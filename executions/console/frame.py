@@ -19,9 +19,10 @@ from executions import backends, keys, quotas
 from executions.errors import Invalid, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Agent, ApiKey, Membership, Quota, Sandbox, Usage
-from executions.states import Scope, Unit, Window
+from executions.models import Agent, ApiKey, Attempt, Membership, Quota, Sandbox, Usage
+from executions.states import AttemptOutcome, Scope, Unit, Window
 
+RECENT = 200  # attempts that tell how the backends are
 View = Callable[..., Any]
 EXAMPLE = """import numpy as np, pandas as pd, matplotlib.pyplot as plt
 
@@ -108,12 +109,25 @@ def spend_today(caller: Caller) -> dict[str, int | None]:
     return {"nano_usd": spent or 0, "limit_nano_usd": min(budgets.values_list("limit", flat=True), default=None)}
 
 
-def backends_now() -> dict[str, Any]:
-    """The route that requests take when they name none."""
-    aliases = backends.aliases()
-    words = " → ".join("E2B" if alias == "e2b" else alias for alias in aliases)
-    title = "The default route, in order." if "e2b" in aliases else "E2B joins the route once E2B_API_KEY is set."
-    return {"words": words, "title": title, "live": bool(aliases)}
+def backends_now() -> list[dict[str, Any]]:
+    """The default route in order, each with what its latest attempts say: live, down since when and why, or unused."""
+    recent = Attempt.objects.order_by("-pk").values_list("backend", "outcome", "started_at", "reason")[:RECENT]
+    states: dict[str, dict[str, Any]] = {alias: {"alias": alias, "words": "no run yet"} for alias in backends.aliases()}
+    for alias, outcome, at, reason in recent:
+        state = states.get(alias)
+        if state is None or state.get("known"):
+            continue
+        if outcome == AttemptOutcome.UNAVAILABLE:
+            state |= {"down_since": at, "reason": reason}
+        elif outcome in (AttemptOutcome.RAN, AttemptOutcome.LOST):
+            state |= {"known": True, "live": "down_since" not in state}
+    for state in states.values():
+        state["name"] = "E2B" if state["alias"] == "e2b" else state["alias"]
+        if "down_since" in state:
+            state["words"] = f"down since {state['down_since']:%H:%M} UTC: {state['reason']}"
+        elif state.get("live"):
+            state["words"] = "the latest run there went well"
+    return list(states.values())
 
 
 def agents_of(caller: Caller) -> QuerySet[Agent]:

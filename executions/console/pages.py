@@ -21,8 +21,8 @@ from executions.costs import usd
 from executions.errors import NotFound
 from executions.keys import Caller
 from executions.models import Agent, Execution, Quota, Sandbox, Template, Usage
-from executions.operations.submit import find_session
-from executions.states import LANGUAGES, EventKind, ExecutionState, Unit
+from executions.operations import find_session
+from executions.states import LANGUAGES, EventKind, ExecutionState, Scope, Unit
 
 PAGE = 50
 DAYS = 14
@@ -59,16 +59,24 @@ def session(request: HttpRequest, session_id: str) -> HttpResponse:
     live = found.ended_at is None
     backend = backends.get(found.backend) if found.backend in backends.aliases() else None
     can = backend.capabilities.languages if backend else frozenset({"python"})
+    may_run = Scope.RUN in caller.scopes and found.agent.person_id in (None, caller.person.pk)
     data = {
         "id": found.id,
         "open": live,
-        "can_run": "run" in caller.scopes,
+        "can_run": may_run,
         "languages": [name for name in LANGUAGES if name in can and name in (found.agent.languages or LANGUAGES)],
         "end_at": found.leased_until.isoformat(),
         "example": EXAMPLE,
     }
     packages = found.packages.filter(verdict="allowed", requested=True).order_by("name")
-    context = {"session": found, "session_here": found.id, "live": live, "data": data, "packages": packages}
+    context = {
+        "session": found,
+        "session_here": found.id,
+        "live": live,
+        "data": data,
+        "packages": packages,
+        "can_run": may_run,
+    }
     return page(request, "console/session.html", "sessions", **context)
 
 

@@ -68,7 +68,7 @@ function moments(): void {
     const at = new Date(time.dateTime);
     const seconds = (at.getTime() - Date.now()) / 1000;
     const [unit, size] = ([["day", 86400], ["hour", 3600], ["minute", 60]] as const).find(([, s]) => Math.abs(seconds) >= s) ?? ["second", 1];
-    time.textContent = Math.abs(seconds) < 5 ? "now" : AGO.format(Math.trunc(seconds / size), unit);
+    time.textContent = Math.abs(seconds) < 5 ? "now" : AGO.format(Math.round(seconds / size), unit);
     time.title = THEN.format(at);
   }
 }

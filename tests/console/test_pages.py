@@ -224,3 +224,20 @@ def test_lists_cost_a_constant_number_of_queries(ada, run, team, django_assert_m
         client = as_(ada)
         with django_assert_max_num_queries(most):
             client.get(address)
+
+
+def test_a_banner_says_which_backend_is_down_since_when_and_what_happens_now(ada, run, settings):
+    from executions.models import Attempt
+
+    scripted = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}
+    settings.SANDBOXES = {"e2b": scripted, "local": scripted}
+    client = as_(ada)
+    assert b"is down since" not in client.get("/").content
+
+    down = Attempt.objects.create(execution=run, number=1, backend="e2b", outcome="unavailable", reason="503 from E2B")
+    Attempt.objects.create(execution=run, number=2, backend="local", outcome="ran")
+    page = client.get("/").content.decode()
+    assert f"E2B is down since {down.started_at:%H:%M} UTC: 503 from E2B. Runs go to the next backend" in page
+
+    Attempt.objects.create(execution=run, number=3, backend="e2b", outcome="ran")
+    assert b"is down since" not in client.get("/").content
