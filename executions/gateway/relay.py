@@ -29,8 +29,9 @@ async def relay(
     scope: Any, target: bytes, receive: Any, send: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     """Send the request, answer with what comes back; leaves when the client does. Raises BrokenOff."""
-    asking = asyncio.create_task(_ask(scope, target, receive, writer))
-    answering = asyncio.create_task(_answer(scope["method"], send, reader))
+    refused = asyncio.Event()
+    asking = asyncio.create_task(_ask(scope, target, receive, writer, refused))
+    answering = asyncio.create_task(_answer(scope["method"], send, reader, refused))
     try:
         await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_COMPLETED)
         if answering.done():
@@ -42,21 +43,21 @@ async def relay(
         writer.close()
 
 
-async def _ask(scope: Any, target: bytes, receive: Any, writer: asyncio.StreamWriter) -> None:
-    """Pass the request on; returns when the client has gone."""
+async def _ask(scope: Any, target: bytes, receive: Any, writer: asyncio.StreamWriter, refused: asyncio.Event) -> None:
+    """Pass the request on; returns when the client has gone. What is left of a refused request is thrown away."""
     lines = [b"%b %b HTTP/1.1" % (scope["method"].encode(), target), b"host: sandbox", b"connection: close"]
     lines += [b"%b: %b" % header for header in scope["headers"] if header[0] not in HOP]
     chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
     if chunked:
         lines.append(b"transfer-encoding: chunked")
-    heard = True  # an answer may come before the whole request is sent: then the rest of it is thrown away
+    heard = True
     writer.write(b"\r\n".join(lines) + b"\r\n\r\n")
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return
         piece, more = message.get("body", b""), message.get("more_body", False)
-        if heard:
+        if heard and not refused.is_set():
             try:
                 if piece:
                     writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
@@ -67,12 +68,14 @@ async def _ask(scope: Any, target: bytes, receive: Any, writer: asyncio.StreamWr
                 heard = False
 
 
-async def _answer(method: str, send: Any, reader: asyncio.StreamReader) -> None:
+async def _answer(method: str, send: Any, reader: asyncio.StreamReader, refused: asyncio.Event) -> None:
     begun = False
     try:
         status, headers = await _head(reader)
         while status < 200:
             status, headers = await _head(reader)
+        if status >= 400:
+            refused.set()
         kept = [header for header in headers if header[0] not in HOP]
         await send({"type": "http.response.start", "status": status, "headers": kept})
         begun = True
