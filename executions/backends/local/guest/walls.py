@@ -1,7 +1,7 @@
 """From a fork of the zygote to a sandbox: the order matters and is explained line by line.
 
-unshare → map → mounts → loopback → pid 1 → /proc → descriptors → rlimits → no capabilities → seccomp;
-then, in every process that runs guest code: Landlock and lower limits.
+unshare → map → loopback → pid 1 → /proc; here it waits for its plan; then private folders → descriptors → rlimits
+→ no capabilities → seccomp; and in every process that runs guest code: Landlock and lower limits.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ INODES_PER_MIB = 64
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
 
 
-def enter(plan: dict, node: socket.socket, keep: set[int], filter_program: bytes) -> None:
-    """Become pid 1 of a new sandbox. Raises OSError at the first wall that does not stand."""
+def unshare(plan: dict, node: socket.socket) -> None:
+    """Become pid 1 of new namespaces. Raises OSError at the first thing that is refused."""
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or the node may not write our maps
     linux.unshare(INNER)
     if plan["self_map"]:
         for name, line in (("setgroups", "deny"), ("uid_map", "1000 1000 1"), ("gid_map", "1000 1000 1")):
             Path(f"/proc/self/{name}").write_text(line)
-    node.send(b"unshared")  # the node learns our pid from the kernel, puts us into control groups and writes the maps
+    node.send(b"unshared")  # the node learns our pid from the kernel and writes the maps
     if node.recv(16) != b"mapped":
         raise OSError("the node did not map this sandbox")
     if not plan["self_map"]:
@@ -42,15 +42,20 @@ def enter(plan: dict, node: socket.socket, keep: set[int], filter_program: bytes
     os.setresgid(USER, USER, USER)
     os.setresuid(USER, USER, USER)
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # the change of uid reset it; /proc/self must be ours
-    linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
     socket.sethostname("sandbox")
-    _mount_private_folders(plan["limits"], plan["shadowed"])
     linux.bring_up_loopback()
     if os.fork():
         os._exit(0)  # the zygote, pid 1 outside, inherits the sandbox
+    linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     linux.mount("proc", "/proc", "proc", flags)  # failing here is fatal: the outer one shows the zygote
     Path("/proc/sys/user/max_user_namespaces").write_text("0")
+
+
+def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
+    """Put up the walls that depend on the plan; the node has put this process into its control groups."""
+    linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
+    _mount_private_folders(plan["limits"], plan["shadowed"])
     _close_all_but(keep)
     _limit(plan)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # guests have the same uid: they must not read this process
@@ -60,7 +65,6 @@ def enter(plan: dict, node: socket.socket, keep: set[int], filter_program: bytes
 
 
 def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
-    linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     opened = {path: os.open(path, os.O_PATH) for path in shadowed}
     flags = linux.MS_NOSUID | linux.MS_NODEV
     own = f"uid={USER},gid={USER}"

@@ -36,25 +36,30 @@ def main() -> None:
     control.send(json.dumps({"ready": facts}).encode())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # pid 1 here: the kernel reaps
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             os._exit(0)  # the node is gone; every sandbox goes with this process
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
-            _become_sandbox(json.loads(message), descriptors, program)
+            _become_sandbox(json.loads(message), socket.socket(fileno=descriptors[0]), program)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _become_sandbox(plan: dict, descriptors: list[int], program: bytes) -> None:
-    node = socket.socket(fileno=descriptors[0])
+def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
     try:
-        walls.enter(plan, node, set(descriptors), program)
+        walls.unshare(plan, node)
+        node.send(b"waiting")
+        message, listeners, _, _ = socket.recv_fds(node, 1 << 20, 2)
+        if not message:
+            os._exit(0)  # the node does not need this one any more
+        plan |= json.loads(message)
+        walls.enclose(plan, {node.fileno(), *listeners}, program)
     except BaseException:
         node.send(traceback.format_exc(limit=-2)[-2000:].encode())
         os._exit(1)
     try:
-        agent.main(plan, node, descriptors[1], descriptors[2])
+        agent.main(plan, node, *listeners)
     finally:
         os._exit(1)

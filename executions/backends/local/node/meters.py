@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -11,15 +11,33 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(slots=True)
 class Measured:
+    """`memory_bytes` is cheap and counts pages that forks share again for each; `exact_bytes()` does not, and costs more."""
+
     cpu_us: int = 0
-    memory_bytes: int = 0  # private pages: what forks share with the zygote is nobody's
-    largest_guest: int = 0
-    processes: int = 0
+    memory_bytes: int = 0
+    each: dict[int, int] = field(default_factory=dict)
+
+    def exact_bytes(self) -> tuple[int, int]:
+        """The proportional sum over all processes, and the pid of the largest guest (0: none)."""
+        exact = {pid: _proportional(pid, cheap) for pid, cheap in self.each.items()}
+        agent = next(iter(exact), 0)
+        guests = {pid: size for pid, size in exact.items() if pid != agent}
+        return sum(guests.values()), max(guests, key=guests.__getitem__, default=0)
+
+
+def _proportional(pid: int, otherwise: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:")), otherwise)
+    except FileNotFoundError:
+        return 0
+    except OSError:  # it made itself unreadable: then it counts in full
+        return otherwise
 
 
 def measure(pid: int) -> Measured:
-    """The sum over `pid` and all its descendants; times in steps of the kernel's clock tick (10 ms)."""
-    total, largest = Measured(), 0
+    """The sum over `pid`, which is the agent, and all its descendants; times in steps of the clock tick (10 ms)."""
+    total = Measured()
     waiting = [pid]
     while waiting:
         one = waiting.pop()
@@ -34,9 +52,6 @@ def measure(pid: int) -> Measured:
         except (FileNotFoundError, ProcessLookupError):
             continue
         total.cpu_us += sum(map(int, times)) * TICK_US
-        memory = (resident - shared) * PAGE
-        total.memory_bytes += memory
-        total.processes += 1
-        if one != pid and memory > largest:
-            largest, total.largest_guest = memory, one
+        total.each[one] = (resident - shared) * PAGE
+        total.memory_bytes += total.each[one]
     return total

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import socket
-import struct
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from typing import Any
 from node import meters
 from node.cgroups import Group, Tree
 from node.uids import Block
-from node.zygotes import Zygote
+from node.unborn import Unborn, dead
 
 PORTS = (49983, 49999)
-BIRTH_SECONDS = 10
-CREDENTIALS = struct.Struct("iII")
+RESERVED_PROCESSES = 32  # of the control group, beyond the guest's own: the agent must still be able to act
 
 
 class Refusal(Exception):
@@ -41,13 +41,13 @@ class Sandbox:
         self.folder = folder
         self.token = secrets.token_hex(16)
         self.started_at = datetime.now(UTC).isoformat()
-        self.gone = asyncio.Event()
+        self.boot_ms = 0.0
+        self.alive = False
+        self.ending = asyncio.Lock()  # two may ask for its end; both hear when it is over
         self.group: Group | None = None
-        self.uid: int | None = None
-        self.pid = 0
         self.peak_memory_bytes = 0
-        self._pidfd = -1
-        self._listeners: list[socket.socket] = []
+        self._looked_at_bytes = 0
+        self._process: Unborn | None = None
         self._expiry: asyncio.TimerHandle | None = None
 
     def described(self) -> dict[str, Any]:
@@ -56,155 +56,110 @@ class Sandbox:
             "dir": str(self.folder), "token": self.token,
         }  # fmt: skip
 
-    async def be_born(self, zygote: Zygote, tree: Tree | None, block: Block | None) -> None:
-        """Fork it and put it behind its walls. Refusal where one does not stand; then nothing is left."""
+    async def be_born(self, unborn: Unborn, tree: Tree | None) -> None:
+        """Make this unborn sandbox ours. Refusal where a wall does not stand; end() cleans up in any case."""
         began = time.monotonic()
-        self._bind()
-        node, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        node.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        node.setblocking(False)
+        self._process = unborn
+        listeners: list[socket.socket] = []
         try:
+            self._bind(listeners)
             if tree is not None:
                 self.group = tree.create(self.id)
-                limits = self.limits
                 self.group.limit(
-                    memory_bytes=limits["memory_mib"] << 20,
-                    processes=limits["processes"] + 32,
-                    cpu_count=limits["cpu_count"],
+                    memory_bytes=self.limits["memory_mib"] << 20,
+                    processes=self.limits["processes"] + RESERVED_PROCESSES,
+                    cpu_count=self.limits["cpu_count"],
                 )
-            self.uid = block.take() if block is not None else None
+                self.group.add(unborn.pid)  # first limits, then life
             plan = {
-                "sandbox_id": self.id, "template": self.template, "limits": self.limits, "env": self.env, "token": self.token,
-                "self_map": self.uid is None, "limit_data": tree is None, "shadowed": zygote.shadowed,
+                "sandbox_id": self.id, "template": self.template, "limits": self.limits, "env": self.env,
+                "token": self.token, "limit_data": tree is None,
             }  # fmt: skip
-            zygote.fork(plan, [theirs.fileno(), *(listener.fileno() for listener in self._listeners)])
-            theirs.close()
-            async with asyncio.timeout(BIRTH_SECONDS):
-                said, pid = await _receive(node)
-                self._hold(pid)
-                if said != b"unshared":
-                    raise OSError(said.decode() or "the zygote could not fork")
-                self._admit(pid)
-                node.send(b"mapped")
-                said, pid = await _receive(node)
-                if said != b"ready":
-                    raise OSError(said.decode() or "it ended while its walls were built")
-                self._hold(pid)  # the first one, its parent, has ended
-                self._watch()
-        except (OSError, IndexError, TimeoutError) as problem:
-            await self.end()
+            await unborn.be_born(plan, listeners)
+            self.alive = True
+        except (OSError, TimeoutError) as problem:
             raise Refusal("unavailable", f"The sandbox could not be made: {problem or 'no answer in time'}") from None
         finally:
-            node.close()
-            theirs.close()
-            for listener in self._listeners:
+            for listener in listeners:
                 listener.close()
         self.boot_ms = round((time.monotonic() - began) * 1000, 1)
 
-    def _bind(self) -> None:
+    def _bind(self, listeners: list[socket.socket]) -> None:
         self.folder.mkdir(mode=0o700)
         folder = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
         try:
             for port in PORTS:
                 listener = socket.socket(socket.AF_UNIX)
-                self._listeners.append(listener)
+                listeners.append(listener)
                 listener.bind(f"/proc/self/fd/{folder}/{port}.sock")  # a socket's path has 108 bytes, a folder's more
                 os.chmod(f"{port}.sock", 0o600, dir_fd=folder)
                 listener.listen(128)
         finally:
             os.close(folder)
 
-    def _admit(self, pid: int) -> None:
-        """Put the newborn into its control groups, then write its maps: first limits, then life."""
-        if self.group is not None:
-            self.group.add(pid)
-        if self.uid is not None:
-            Path(f"/proc/{pid}/uid_map").write_text(f"1000 {self.uid} 1")
-            Path(f"/proc/{pid}/gid_map").write_text(f"1000 {self.uid} 1")
+    async def death(self) -> None:
+        """Return when it has ended, for whatever reason."""
+        assert self._process is not None
+        descriptor = os.dup(self._process.pidfd)
+        try:
+            await dead(descriptor)
+        finally:
+            self.alive = False
+            os.close(descriptor)
 
-    def _hold(self, pid: int) -> None:
-        """Keep a handle on this process that no other can inherit."""
-        self._let_go()
-        if pid:
-            self.pid, self._pidfd = pid, os.pidfd_open(pid)
-
-    def _let_go(self) -> None:
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-    def _watch(self) -> None:
-        """From now on the end of the process that is held is the sandbox's."""
-        asyncio.get_running_loop().add_reader(self._pidfd, self._died)
-
-    def _died(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        self.gone.set()
-
-    def expire_in(self, seconds: float, kill: Any) -> None:
+    def expire_in(self, seconds: float, end: Callable[[], None]) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        self._expiry = asyncio.get_running_loop().call_later(seconds, kill)
+        self._expiry = asyncio.get_running_loop().call_later(seconds, end)
 
     def usage(self) -> dict[str, int]:
         """What it has used since its birth: {"cpu_us", "peak_memory_bytes"}."""
         if self.group is not None:
             return {"cpu_us": self.group.cpu_us(), "peak_memory_bytes": self.group.peak_memory_bytes()}
-        measured = meters.measure(self.pid)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, measured.memory_bytes)
+        assert self._process is not None
+        measured = meters.measure(self._process.pid)
+        self._note(measured)
         return {"cpu_us": measured.cpu_us, "peak_memory_bytes": self.peak_memory_bytes}
 
     def watch_memory(self) -> None:
-        """Without control groups: kill the largest guest of a sandbox that is over its limit."""
-        measured = meters.measure(self.pid)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, measured.memory_bytes)
-        if measured.memory_bytes > self.limits["memory_mib"] << 20 and measured.largest_guest:
-            try:
-                os.kill(measured.largest_guest, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        """Without control groups: look closely when memory has grown, and kill the largest guest over the limit."""
+        assert self._process is not None
+        measured = meters.measure(self._process.pid)
+        limit = self.limits["memory_mib"] << 20
+        if measured.memory_bytes > min(self._looked_at_bytes + limit // 16, limit):
+            exact, largest = self._note(measured)
+            if exact > limit and largest:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(largest, signal.SIGKILL)
 
-    async def end(self) -> None:
-        """Kill it, wait until the kernel says that all of it is gone, and remove its traces. Idempotent."""
+    def _note(self, measured: meters.Measured) -> tuple[int, int]:
+        exact, largest = measured.exact_bytes()
+        self._looked_at_bytes = measured.memory_bytes
+        self.peak_memory_bytes = max(self.peak_memory_bytes, exact)
+        return exact, largest
+
+    async def end(self, block: Block | None) -> None:
+        """Kill it, wait until the kernel says that all of it is gone, and remove its traces. May be repeated."""
         if self._expiry is not None:
             self._expiry.cancel()
-        if self._pidfd >= 0 and not self.gone.is_set():
-            self._watch()
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            await self.gone.wait()  # pid 1 ends last, after every process of its namespace
-        self._let_go()
+        if self._process is not None:
+            process, self._process = self._process, None
+            await process.discard(block)
+        self.alive = False
         for port in PORTS:
             (self.folder / f"{port}.sock").unlink(missing_ok=True)
-        if self.folder.exists():
+        with contextlib.suppress(FileNotFoundError):
             self.folder.rmdir()
         if self.group is not None:
-            for pause in (0.001, 0.01, 0.1, 0.5, 0):
-                try:
-                    self.group.remove()
-                    break
-                except OSError:
-                    if not pause:
-                        raise
-                    self.group.kill()
-                    await asyncio.sleep(pause)
-        self.gone.set()
+            await self._remove_group(self.group)
 
-
-async def _receive(node: socket.socket) -> tuple[bytes, int]:
-    """One message of the newborn and, from the kernel, its pid. Empty when it has hung up."""
-    loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(node, lambda: readable.done() or readable.set_result(None))
-    try:
-        await readable
-    finally:
-        loop.remove_reader(node)
-    said, ancillary, _, _ = node.recvmsg(4096, socket.CMSG_SPACE(CREDENTIALS.size))
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            return said, CREDENTIALS.unpack(data[: CREDENTIALS.size])[0] if said else 0
-    return said, 0
+    async def _remove_group(self, group: Group) -> None:
+        for pause in (0.001, 0.01, 0.1, 0.5, 0):
+            try:
+                group.remove()
+                return
+            except OSError:  # the kernel lets go of the last process a little later
+                if not pause:
+                    raise
+                group.kill()
+                await asyncio.sleep(pause)

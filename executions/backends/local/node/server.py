@@ -45,8 +45,7 @@ class Node:
         self.root = linux.has_capabilities()
         self.block = Block() if self.root else None
         self.tree, self.without_cgroups = self._tree()
-        uid = self.block.zygote if self.block else None
-        self.zygotes = {name: Zygote(name, python, run_dir, uid) for name, python in templates.items()}
+        self.zygotes = {name: Zygote(name, python, run_dir, self.block) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
         self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,9 +84,12 @@ class Node:
             raise Refusal("invalid", "The local runtime has no network.")
         sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
         try:
-            await sandbox.be_born(zygote, self.tree, self.block)
+            await sandbox.be_born(await zygote.unborn(), self.tree)
+        except OSError as problem:
+            await self._end(sandbox)
+            raise Refusal("unavailable", f"The sandbox could not be made: {problem}") from None
         except BaseException:
-            self._forget(sandbox)
+            await self._end(sandbox)
             raise
         sandbox.expire_in(float(request["timeout_seconds"]), lambda: self._end_soon(sandbox))
         self._background(self._bury(sandbox))
@@ -106,7 +108,7 @@ class Node:
         return zygote
 
     async def _bury(self, sandbox: Sandbox) -> None:
-        await sandbox.gone.wait()
+        await sandbox.death()
         await self._end(sandbox)
 
     def _end_soon(self, sandbox: Sandbox) -> None:
@@ -118,18 +120,14 @@ class Node:
         task.add_done_callback(self._tasks.discard)
 
     async def _end(self, sandbox: Sandbox) -> None:
-        await sandbox.end()
-        self._forget(sandbox)
-
-    def _forget(self, sandbox: Sandbox) -> None:
+        async with sandbox.ending:
+            await sandbox.end(self.block)
         if self.sandboxes.get(sandbox.id) is sandbox:
             del self.sandboxes[sandbox.id]
-            if self.block is not None and sandbox.uid is not None:
-                self.block.give_back(sandbox.uid)
 
     def _known(self, request: dict[str, Any]) -> Sandbox:
         sandbox = self.sandboxes.get(request.get("sandbox_id", ""))
-        if sandbox is None:
+        if sandbox is None or not sandbox.alive:
             raise Refusal("lost", "There is no such sandbox.")
         return sandbox
 
@@ -202,7 +200,7 @@ class Node:
         while self.tree is None:
             await asyncio.sleep(WATCHDOG_SECONDS)
             for sandbox in list(self.sandboxes.values()):
-                if sandbox.pid and not sandbox.gone.is_set():
+                if sandbox.alive:
                     sandbox.watch_memory()
 
     async def serve(self, ended: asyncio.Event) -> None:

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from node import root
+from node.uids import Block
+from node.unborn import Unborn
 
 WARM_SECONDS = 120
 RETRY_SECONDS = 5
+SPARES = 2
+REFILL_SECONDS = 0.03
 FACTS = "import json, sys; sys.stdout.write(json.dumps({'prefixes': [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]}))"
 
 
 class Zygote:
     """`state` is warming, ready or broken; `detail` says why, `facts` what it has."""
 
-    def __init__(self, name: str, python: str, run_dir: Path, uid: int | None) -> None:
-        self.name, self.python, self.run_dir, self.uid = name, python, run_dir, uid
+    def __init__(self, name: str, python: str, run_dir: Path, block: Block | None) -> None:
+        self.name, self.python, self.run_dir, self.block = name, python, run_dir, block
         self.state, self.detail = "warming", ""
         self.facts: dict[str, Any] = {}
-        self.shadowed: list[str] = []
         self.settled = asyncio.Event()
-        self.control: socket.socket | None = None
+        self._control: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._plan: dict[str, Any] = {}
+        self._spares: deque[Unborn] = deque()
+        self._refilling: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Keep it alive until cancelled."""
@@ -47,12 +55,13 @@ class Zygote:
 
     async def _once(self) -> None:
         prefixes = root.prefixes(await self._ask_interpreter())
-        self.shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
+        shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
+        self._plan = {"self_map": self.block is None, "shadowed": shadowed}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         plan = {
-            "python": self.python, "prefixes": prefixes, "root": str(self.run_dir / "root"), "uid": self.uid,
-            "control": theirs.fileno(),
+            "python": self.python, "prefixes": prefixes, "root": str(self.run_dir / "root"),
+            "uid": self.block.zygote if self.block else None, "control": theirs.fileno(),
         }  # fmt: skip
         launcher = str(Path(__file__).parent)
         self._process = await asyncio.create_subprocess_exec(
@@ -60,18 +69,18 @@ class Zygote:
             stdin=asyncio.subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], env={"LANG": "C.UTF-8"},
         )  # fmt: skip
         theirs.close()
-        self.control = ours
+        self._control = ours
         try:
             answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(ours, 1 << 16), WARM_SECONDS)
             said = json.loads(answer or b"{}")
             if "ready" in said:
                 self.facts = said["ready"]
+                await self._refill()  # the first one shows that namespaces can be had here
                 self._settle("ready")
             else:
                 self._settle("broken", said.get("broken", "the zygote ended while it was starting"))
             await self._process.wait()
             if self.state == "ready":
-                self.settled.clear()
                 self._settle("broken", "the zygote died; it is started again")
         finally:
             await self._stop()
@@ -87,19 +96,39 @@ class Zygote:
             raise OSError(f"{self.python} does not run")
         return json.loads(output)
 
-    def fork(self, plan: dict[str, Any], descriptors: list[int]) -> None:
-        """Ask for one sandbox. OSError when the zygote is gone."""
-        if self.control is None:
+    async def unborn(self) -> Unborn:
+        """A sandbox without a name: the spare one, or a new one. OSError where there is none to be had."""
+        if self._spares:
+            spare = self._spares.popleft()
+        elif self._control is not None:
+            spare = await Unborn.prepare(self._control, self._plan, self.block)
+        else:
             raise OSError("the zygote is gone")
-        socket.send_fds(self.control, [json.dumps(plan).encode()], descriptors)
+        if self._refilling is None or self._refilling.done():
+            self._refilling = asyncio.create_task(self._refill_later())
+        return spare
+
+    async def _refill_later(self) -> None:
+        await asyncio.sleep(REFILL_SECONDS)  # first the sandbox that was asked for
+        with contextlib.suppress(OSError):
+            await self._refill()
+
+    async def _refill(self) -> None:
+        while len(self._spares) < SPARES and self._control is not None:
+            self._spares.append(await Unborn.prepare(self._control, self._plan, self.block))
 
     async def _stop(self) -> None:
-        if self.control is not None:
-            self.control.close()  # it ends by itself when it sees this, and all its sandboxes with it
-            self.control = None
+        if self._refilling is not None:
+            self._refilling.cancel()
+            await asyncio.gather(self._refilling, return_exceptions=True)
+        while self._spares:
+            await self._spares.popleft().discard(self.block)
+        if self._control is not None:
+            self._control.close()  # it ends by itself when it sees this, and all its sandboxes with it
+            self._control = None
         if self._process is not None and self._process.returncode is None:
             try:
-                await asyncio.wait_for(asyncio.shield(self._process.wait()), 2)
+                await asyncio.wait_for(self._process.wait(), 2)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

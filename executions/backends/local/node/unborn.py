@@ -1,0 +1,105 @@
+"""A sandbox before it has a name: forked, mapped, pid 1 of its namespaces, waiting for its plan. One is kept ready.
+
+No guest code has run in it, so it is nobody's yet; what takes longest (two forks, new namespaces) is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from node.uids import Block
+
+CREDENTIALS = struct.Struct("iII")
+SECONDS = 10
+
+
+class Unborn:
+    def __init__(self, uid: int | None) -> None:
+        self.uid = uid
+        self.pid, self.pidfd = 0, -1
+        self._node, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._node.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._node.setblocking(False)
+
+    @classmethod
+    async def prepare(cls, control: socket.socket, plan: dict[str, Any], block: Block | None) -> Unborn:
+        """Have the zygote fork one. OSError with the reason where a namespace cannot be had."""
+        unborn = cls(block.take() if block is not None else None)
+        try:
+            socket.send_fds(control, [json.dumps(plan).encode()], [unborn._theirs.fileno()])
+            unborn._theirs.close()
+            async with asyncio.timeout(SECONDS):
+                await unborn._expect(b"unshared")
+                if unborn.uid is not None:
+                    Path(f"/proc/{unborn.pid}/uid_map").write_text(f"1000 {unborn.uid} 1")
+                    Path(f"/proc/{unborn.pid}/gid_map").write_text(f"1000 {unborn.uid} 1")
+                unborn._node.send(b"mapped")
+                await unborn._expect(b"waiting")  # another process: the first one's child, pid 1 inside
+        except (OSError, TimeoutError) as problem:
+            await unborn.discard(block)
+            raise OSError(str(problem) or "the zygote did not answer in time") from None
+        finally:
+            unborn._theirs.close()
+        return unborn
+
+    async def _expect(self, word: bytes) -> None:
+        said, pid = await self._receive()
+        if said != word:
+            raise OSError(said.decode("utf-8", "replace") or "it ended while its walls were built")
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+
+    async def _receive(self) -> tuple[bytes, int]:
+        """One message and, from the kernel, its sender's pid; empty when it has hung up."""
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+        loop.add_reader(self._node, lambda: readable.done() or readable.set_result(None))
+        try:
+            await readable
+        finally:
+            loop.remove_reader(self._node)
+        said, ancillary, _, _ = self._node.recvmsg(4096, socket.CMSG_SPACE(CREDENTIALS.size))
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and said:
+                return said, CREDENTIALS.unpack(data[: CREDENTIALS.size])[0]
+        return b"", 0
+
+    async def be_born(self, plan: dict[str, Any], listeners: list[socket.socket]) -> None:
+        """Give it its plan and its sockets; returns when all walls stand and it serves. OSError otherwise."""
+        socket.send_fds(self._node, [json.dumps(plan).encode()], [listener.fileno() for listener in listeners])
+        async with asyncio.timeout(SECONDS):
+            await self._expect(b"ready")
+        self._node.close()
+
+    async def discard(self, block: Block | None) -> None:
+        """Kill it and wait for its end."""
+        self._node.close()
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            await dead(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
+        if block is not None and self.uid is not None:
+            block.give_back(self.uid)
+            self.uid = None
+
+
+async def dead(pidfd: int) -> None:
+    """Return when the process behind this descriptor has ended; for a pid 1: with all of its namespace."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
