@@ -102,7 +102,9 @@ def install_hint(error: CodeError, caller: Caller) -> str:
         return ""
     name = DISTRIBUTIONS.get(found[1], found[1].replace("_", "-"))
     try:
-        return f"install_package can add {name}: allowed by this agent's policy ({packages.decide(caller.agent, name)})."
+        return (
+            f"install_package can add {name}: allowed by this agent's policy ({packages.decide(caller.agent, name)})."
+        )
     except PackageDenied as denied:
         return denied.sentence()
 

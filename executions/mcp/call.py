@@ -13,7 +13,9 @@ from pydantic import Field
 from executions.keys import Caller
 
 SessionId = Annotated[str, Field(max_length=40, description="As execute_code returned it.")]
-Token = Annotated[str | None, Field(max_length=255, description="Sent again with the same arguments, nothing runs twice.")]
+Token = Annotated[
+    str | None, Field(max_length=255, description="Sent again with the same arguments, nothing runs twice.")
+]
 
 
 @dataclass

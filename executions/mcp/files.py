@@ -75,10 +75,10 @@ async def read_file(call: Call, asked: ReadFile) -> Answer:
         found.images = [(kind, base64.b64encode(data).decode())]
         return found
     chosen = bytes(data[: asked.max_bytes])
-    try:
-        content, encoding = codecs.getincrementaldecoder("utf-8")().decode(chosen, final=len(data) <= asked.max_bytes), "utf-8"
-        taken = len(content.encode())  # a character that the cut went through is left for the next part
-    except UnicodeDecodeError:
+    more = len(data) > len(chosen)
+    content, encoding = _text(chosen, more), "utf-8"
+    taken = len(content.encode())
+    if chosen and not taken:
         content, encoding, taken = base64.b64encode(chosen).decode(), "base64", len(chosen)
     after = asked.offset_bytes + taken if more else None
     text = content + (f"\n[more from offset_bytes={after}]" if after else "")
@@ -86,6 +86,14 @@ async def read_file(call: Call, asked: ReadFile) -> Answer:
         path=asked.path, content=content, encoding=encoding, offset_bytes=asked.offset_bytes, next_offset_bytes=after
     )
     return answers.of(part, text)
+
+
+def _text(data: bytes, more: bool) -> str:
+    """As UTF-8, without the character that the cut to the next part went through; empty where it is no text."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=not more)
+    except UnicodeDecodeError:
+        return ""
 
 
 def _image_type(data: bytes | bytearray) -> str | None:
@@ -108,7 +116,8 @@ async def list_files(call: Call, asked: ListFiles) -> Answer:
         caller=call.caller, session_id=asked.session_id, path=asked.path, depth=asked.depth
     )
     shapes = [
-        FileShape(name=f.name, path=f.path, type=f.type, size_bytes=f.size_bytes, modified_at=f.modified_at) for f in found
+        FileShape(name=f.name, path=f.path, type=f.type, size_bytes=f.size_bytes, modified_at=f.modified_at)
+        for f in found
     ]
     lines = [f"{f.path}{'/' if f.type == 'directory' else f'  {f.size_bytes:,} bytes'}" for f in shapes]
     listing = answers.capped("\n".join(lines), f"/api/v1/sessions/{asked.session_id}/files?list=1&path={asked.path}")

@@ -30,9 +30,13 @@ class InBase64(Accepted):
 class ExecuteCode(Accepted):
     code: str = Field(description="One cell. The value of its last expression comes back as in a notebook. Up to 1 MB.")
     language: str = "python"
-    session_id: SessionId | None = Field(None, description="Run where the variables of earlier calls are. Left out: fresh.")
+    session_id: SessionId | None = Field(
+        None, description="Run where the variables of earlier calls are. Left out: fresh."
+    )
     keep_session: bool = Field(True, description="false: the sandbox is gone afterwards, which is the cheapest.")
-    files: dict[str, str | InBase64] = Field({}, description='Written first: path to text, or to {"base64": "…"}.', max_length=64)
+    files: dict[str, str | InBase64] = Field(
+        {}, description='Written first: path to text, or to {"base64": "…"}.', max_length=64
+    )
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time of the run.")
     idempotency_key: Token = None
 
@@ -48,7 +52,9 @@ class RunScript(Accepted):
 class GetExecution(Accepted):
     execution_id: str = Field(max_length=40)
     wait_seconds: float = Field(30, ge=0, description="How long to wait for the end.")
-    after_seq: int = Field(0, ge=0, description="Leave out output that you have seen: the last_seq of the earlier answer.")
+    after_seq: int = Field(
+        0, ge=0, description="Leave out output that you have seen: the last_seq of the earlier answer."
+    )
 
 
 class CancelExecution(Accepted):
@@ -152,4 +158,8 @@ def _further(caller: Caller, execution_id: str, after_seq: int) -> ExecutionShap
 
 
 def _base64(content: str | InBase64) -> str:
-    return content.base64 if isinstance(content, InBase64) else base64.b64encode(content.encode(errors="surrogatepass")).decode()
+    return (
+        content.base64
+        if isinstance(content, InBase64)
+        else base64.b64encode(content.encode(errors="surrogatepass")).decode()
+    )

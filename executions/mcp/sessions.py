@@ -45,17 +45,42 @@ async def open_for(call: Call, language: str, token: str | None) -> str:
     own = f"session-{hashlib.sha256(token.encode()).hexdigest()}" if token else None
     opening = asyncio.ensure_future(operations.open_session(caller=call.caller, request=request, idempotency_key=own))
     await asyncio.wait({opening}, timeout=call.left())
-    if opening.done() and isinstance(refused := opening.exception(), BudgetExhausted):
-        refused.remedy = f"{what_fits(refused)} {BudgetExhausted.remedy}"
-    while opening.done() and (sandbox := opening.result()).handle is None and not sandbox.ended_at and call.left():
-        await asyncio.sleep(0.1)  # its twin is still booting it
+    if not opening.done():
+        leave(opening)
+        raise _still_booting()
+    try:
+        sandbox = opening.result()
+    except BudgetExhausted as e:
+        e.remedy = f"{what_fits(e)} {BudgetExhausted.remedy}"
+        raise
+    while sandbox.handle is None and not sandbox.ended_at:  # its twin is still booting it
+        if not call.left():
+            raise _still_booting()
+        await asyncio.sleep(0.1)
         await rows(sandbox.refresh_from_db)
-    if not opening.done() or opening.result().handle is None and not opening.result().ended_at:
-        raise BackendUnavailable(
-            "The sandbox is still booting; the code has not run.",
-            remedy="get_environment lists it as a live session when it is ready: run the code there.",
-        )
-    return opening.result().pk
+    return sandbox.pk
+
+
+def _still_booting() -> BackendUnavailable:
+    return BackendUnavailable(
+        "The sandbox is still booting; the code has not run.",
+        remedy="get_environment lists it as a live session when it is ready: run the code there.",
+    )
+
+
+_left: set[asyncio.Future[Any]] = set()
+
+
+def leave(work: asyncio.Future[Any]) -> None:
+    """Let work go on that the call cannot wait for; how it ends is seen by whoever asks next."""
+
+    def ended(_: asyncio.Future[Any]) -> None:
+        _left.discard(work)
+        if not work.cancelled():
+            work.exception()
+
+    _left.add(work)
+    work.add_done_callback(ended)
 
 
 def what_fits(refused: BudgetExhausted) -> str:
@@ -93,12 +118,16 @@ class EndSession(Accepted):
 async def end_session(call: Call, asked: EndSession) -> Answer:
     sandbox = await operations.end_session(caller=call.caller, session_id=asked.session_id)
     shape = await rows(lambda: session_shape(Sandbox.objects.select_related("agent", "template").get(pk=sandbox.pk)))
-    return answers.of(shape, f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}.")
+    return answers.of(
+        shape, f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}."
+    )
 
 
 class InstallPackage(InstallRequest):
     packages: list[Annotated[str, Field(max_length=200)]] = Field(
-        min_length=1, max_length=50, description="Names with plain versions, e.g. emoji or polars>=1.0; no URLs or options."
+        min_length=1,
+        max_length=50,
+        description="Names with plain versions, e.g. emoji or polars>=1.0; no URLs or options.",
     )
     session_id: SessionId | None = None
 
@@ -122,8 +151,7 @@ async def install_package(call: Call, asked: InstallPackage) -> Answer:
     )
     await asyncio.wait({installing}, timeout=call.left())
     if not installing.done():
-        _going_on.add(installing)
-        installing.add_done_callback(_let_go)
+        leave(installing)
         text = f"Still fetching {', '.join(asked.packages)}; ask again with the same packages."
         return answers.of(Installed(state="running", session_id=asked.session_id), text)
     shapes = [package_shape(package) for package in installing.result()]
@@ -132,15 +160,6 @@ async def install_package(call: Call, asked: InstallPackage) -> Answer:
         Installed(state="installed", session_id=asked.session_id, packages=shapes),
         f"Importable now: {names}. session_id: {asked.session_id}",
     )
-
-
-_going_on: set[asyncio.Future[Any]] = set()
-
-
-def _let_go(installing: asyncio.Future[Any]) -> None:
-    _going_on.discard(installing)
-    if not installing.cancelled():
-        installing.exception()  # it is told to whoever asks again
 
 
 class GetEnvironment(Accepted):

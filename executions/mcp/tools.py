@@ -126,7 +126,9 @@ async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
         tool = seen_by(agent).get(name)
         if tool is None:
             known = ", ".join(seen_by(agent))
-            raise Invalid(f"Agent {agent.name} has no tool {name!r}; it has {known}.", field="name", remedy="Use one of these.")
+            raise Invalid(
+                f"Agent {agent.name} has no tool {name!r}; it has {known}.", field="name", remedy="Use one of these."
+            )
         given = {key: value for key, value in arguments.items() if value is not None}  # models send null for "left out"
         return await tool.answer(call, parse(tool.arguments, given))
     except SandgateError as e:

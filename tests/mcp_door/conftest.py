@@ -60,7 +60,10 @@ async def http(token: str | None, **headers: str):
 
 @contextlib.asynccontextmanager
 async def connected(token: str, *, mode: str = "auto", **headers: str):
-    async with http(token, **headers) as client, Client(streamable_http_client(URL, http_client=client), mode=mode) as mcp:
+    async with (
+        http(token, **headers) as client,
+        Client(streamable_http_client(URL, http_client=client), mode=mode) as mcp,
+    ):
         yield mcp
 
 

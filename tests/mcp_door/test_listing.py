@@ -23,7 +23,9 @@ async def test_an_agent_sees_the_tools_of_its_configuration_and_can_call_no_othe
 
 
 async def test_descriptions_and_arguments_say_what_this_agent_may_do(agent, key):
-    await Agent.objects.filter(pk=agent.pk).aupdate(languages=["python", "bash"], timeout_seconds=20, timeout_max_seconds=90)
+    await Agent.objects.filter(pk=agent.pk).aupdate(
+        languages=["python", "bash"], timeout_seconds=20, timeout_max_seconds=90
+    )
 
     async with connected(key) as mcp:
         tools = {tool.name: tool for tool in (await mcp.list_tools()).tools}

@@ -38,7 +38,14 @@ SERVERS = {"uvicorn": ["-m", "uvicorn", "config.asgi:application", "--port", "{p
 def installed():
     """A data folder with a team, an agent and a key that runs on the scripted backend: (environment, token)."""
     with servers.folder() as data:
-        names = environment(data, 8000, None, SANDGATE_SCRIPTED="1", DJANGO_SETTINGS_MODULE="config.settings", SANDGATE_LOG_LEVEL="WARNING")
+        names = environment(
+            data,
+            8000,
+            None,
+            SANDGATE_SCRIPTED="1",
+            DJANGO_SETTINGS_MODULE="config.settings",
+            SANDGATE_LOG_LEVEL="WARNING",
+        )
         done = subprocess.run([sys.executable, "-c", PREPARE], cwd=HOME, env=names, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         yield names, done.stdout.strip()
@@ -101,7 +108,9 @@ async def test_progress_arrives_before_the_answer(served):
             heard.set_result(message.split()[1].rstrip(":"))
 
     async with connected(url, token) as mcp:
-        call = asyncio.create_task(mcp.call_tool("execute_code", {"code": "#> 10 of 90\n#~ 60"}, progress_callback=hear))
+        call = asyncio.create_task(
+            mcp.call_tool("execute_code", {"code": "#> 10 of 90\n#~ 60"}, progress_callback=hear)
+        )
         await asyncio.wait_for(asyncio.shield(heard), 10)
         still_running = not call.done()
         await mcp.call_tool("cancel_execution", {"execution_id": heard.result()})
@@ -168,7 +177,14 @@ async def test_a_cancelled_call_ends_its_run_where_the_cancel_arrives(installed)
 def test_without_a_key_the_process_says_what_to_type(installed):
     names, _ = installed
 
-    done = subprocess.run([sys.executable, "manage.py", "mcp"], cwd=HOME, env=names, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "manage.py", "mcp"],
+        cwd=HOME,
+        env=names,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
     assert done.returncode == 1
     assert done.stdout == ""
@@ -181,10 +197,19 @@ def test_without_a_node_the_process_says_which_command_starts_it(installed):
         "from executions import keys\nfrom executions.models import Agent\nagent = Agent.objects.get()\n"
         'print(keys.make_key(team=agent.team, agent=agent, name="local")[1])'
     )
-    token = subprocess.run([sys.executable, "-c", program], cwd=HOME, env=names, capture_output=True, text=True, check=True)
+    token = subprocess.run(
+        [sys.executable, "-c", program], cwd=HOME, env=names, capture_output=True, text=True, check=True
+    )
     names = {**names, "SANDGATE_API_KEY": token.stdout.strip()}
 
-    done = subprocess.run([sys.executable, "manage.py", "mcp"], cwd=HOME, env=names, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "manage.py", "mcp"],
+        cwd=HOME,
+        env=names,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
     assert done.returncode == 1
     assert done.stdout == ""

@@ -78,9 +78,7 @@ async def test_what_the_code_raises_is_an_error_result_with_its_name_and_traceba
 )
 async def test_a_missing_module_comes_with_the_policy_on_it(key, module, said):
     async with connected(key) as mcp:
-        result = await mcp.call_tool(
-            "execute_code", {"code": f"#! ModuleNotFoundError: No module named '{module}'"}
-        )
+        result = await mcp.call_tool("execute_code", {"code": f"#! ModuleNotFoundError: No module named '{module}'"})
 
     assert said in text(result)
 
