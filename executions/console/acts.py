@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from django.contrib import messages
 from django.db import transaction
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.utils import timezone
 from django.views.decorators.cache import never_cache
@@ -14,7 +14,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from executions import audit, keys, operations
 from executions.console.copies import curl
-from executions.console.frame import agents_of, key_of, member, page
+from executions.console.frame import MemberRequest, agents_of, key_of, member, page
 from executions.console.pages import find_run
 from executions.errors import Forbidden, Invalid, NotFound
 from executions.hop import rows
@@ -26,7 +26,7 @@ from executions.states import Scope
 
 @member
 @require_POST
-async def start_session(request: HttpRequest) -> HttpResponse:
+async def start_session(request: MemberRequest) -> HttpResponse:
     asked = {name: request.POST[name] for name in ("name", "template", "agent") if request.POST.get(name)}
     session = await operations.open_session(caller=request.caller, request=parse(SessionRequest, asked))
     return redirect(f"/sessions/{session.id}")
@@ -34,14 +34,14 @@ async def start_session(request: HttpRequest) -> HttpResponse:
 
 @member
 @require_POST
-async def end_session(request: HttpRequest, session_id: str) -> HttpResponse:
+async def end_session(request: MemberRequest, session_id: str) -> HttpResponse:
     await operations.end_session(caller=request.caller, session_id=session_id)
     return redirect("/")
 
 
 @member
 @require_POST
-async def cancel_run(request: HttpRequest, execution_id: str) -> HttpResponse:
+async def cancel_run(request: MemberRequest, execution_id: str) -> HttpResponse:
     request.caller.needs(Scope.RUN)
     execution = await rows(find_run, request.caller, execution_id)
     await operations.cancel(execution=execution, caller=request.caller)
@@ -51,8 +51,8 @@ async def cancel_run(request: HttpRequest, execution_id: str) -> HttpResponse:
 @never_cache  # the page that shows a new key once
 @member
 @require_http_methods(["GET", "POST"])
-def api_keys(request: HttpRequest) -> HttpResponse:
-    caller: Caller = request.caller
+def api_keys(request: MemberRequest) -> HttpResponse:
+    caller = request.caller
     made, token = _make(request, caller) if request.method == "POST" else (None, "")
     found = list(ApiKey.objects.filter(team=caller.team).select_related("agent__person").order_by("-created_at")[:200])
     for key in found:
@@ -71,7 +71,7 @@ def api_keys(request: HttpRequest) -> HttpResponse:
 
 
 @transaction.atomic
-def _make(request: HttpRequest, caller: Caller) -> tuple[ApiKey, str]:
+def _make(request: MemberRequest, caller: Caller) -> tuple[ApiKey, str]:
     """A key with this person's own scopes, at most. Raises Forbidden, Invalid, NotFound."""
     caller.needs(Scope.RUN)
     name = request.POST.get("name", "").strip()
@@ -98,8 +98,8 @@ def _make(request: HttpRequest, caller: Caller) -> tuple[ApiKey, str]:
 @member
 @require_POST
 @transaction.atomic
-def revoke_key(request: HttpRequest, key_id: str) -> HttpResponse:
-    caller: Caller = request.caller
+def revoke_key(request: MemberRequest, key_id: str) -> HttpResponse:
+    caller = request.caller
     key = ApiKey.objects.filter(team=caller.team, id=key_id).first()
     if key is None:
         raise NotFound(f"There is no key {key_id}.")

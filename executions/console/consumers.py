@@ -30,7 +30,7 @@ REMEMBERED = 200  # executions of a session that are told again to whoever opens
 BATCH = 100
 OUTSTANDING_BYTES = 4 * 1024 * 1024  # sent and not yet acknowledged, on one connection
 EXTEND_SECONDS = 1800
-CLOSE_CODES = {Unauthenticated: 4401, NotFound: 4404}
+CLOSE_CODES: dict[type[SandgateError], int] = {Unauthenticated: 4401, NotFound: 4404}
 
 
 def same_origin(scope: dict[str, Any]) -> bool:
@@ -145,19 +145,29 @@ class Socket(AsyncJsonWebsocketConsumer):
             if execution.pk not in self.told:
                 await self.channel_layer.group_add(journal.group_name(execution.pk), self.channel_name)
                 self.told[execution.pk] = ""
-                execution = (await rows(self.fresh, execution.pk)) or execution
+                execution = await rows(self.fresh, execution.pk)
+                await self.introduce(execution)
+            if execution.is_open:
                 await self.say_state(execution)
             if await self.say_events(execution.pk) and not execution.is_open:
                 await self.say_state(execution)
                 self.told[execution.pk] = "ended"
             else:
                 busy = True
-                await self.say_state(execution)
                 await self.say_usage(execution)
         return busy
 
-    def fresh(self, execution_id: str) -> Execution | None:
-        return Execution.objects.select_related("sandbox").filter(pk=execution_id).first()
+    def fresh(self, execution_id: str) -> Execution:
+        """Read again behind the first listening: it may have moved before the bell hung."""
+        return Execution.objects.select_related("sandbox").get(pk=execution_id)
+
+    async def introduce(self, execution: Execution) -> None:
+        """What it is, before anything that it says; its last state comes behind all of that."""
+        message = {"type": "execution", "seq": 0, "execution_id": execution.pk}
+        client_id = self.clients.get(execution.pk, "")
+        await self.send_json(
+            {**message, "client_id": client_id, "code": execution.code, "language": execution.language}
+        )
 
     async def say_events(self, execution_id: str) -> bool:
         """True once everything that stands in the journal has been sent."""
@@ -189,8 +199,6 @@ class Socket(AsyncJsonWebsocketConsumer):
             "execution_id": execution.pk,
             "client_id": self.clients.get(execution.pk, ""),
             "state": execution.state,
-            "code": execution.code,
-            "language": execution.language,
             "execution_count": execution.execution_count,
             "backend": execution.backend,
             "detail": execution.error_value if execution.error_code else "",

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
 
 from django.conf import settings
-from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
 from django.utils.http import content_disposition_header
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from executions import operations
-from executions.console.frame import body, member
+from executions.console.frame import MemberRequest, body, member
 from executions.errors import TooLarge
 from executions.models import Package
 from executions.serializers import FileShape, InstallRequest, parse
@@ -22,7 +22,7 @@ PIECE_BYTES = 256 * 1024
 
 @member
 @require_http_methods(["GET", "PUT"])
-async def files(request: HttpRequest, session_id: str) -> HttpResponse:
+async def files(request: MemberRequest, session_id: str) -> HttpResponse:
     """GET lists a folder, PUT creates or replaces one file with the body."""
     path = request.GET.get("path") or HOME
     if request.method == "PUT":
@@ -39,14 +39,14 @@ async def files(request: HttpRequest, session_id: str) -> HttpResponse:
     return JsonResponse({"entries": [entry.model_dump() for entry in entries]})
 
 
-async def _pieces(request: HttpRequest) -> AsyncIterator[bytes]:
+async def _pieces(request: MemberRequest) -> AsyncIterator[bytes]:
     while piece := request.read(PIECE_BYTES):
         yield piece
 
 
 @member
 @require_GET
-async def download(request: HttpRequest, session_id: str) -> HttpResponse:
+async def download(request: MemberRequest, session_id: str) -> StreamingHttpResponse:
     """A file of the sandbox, never shown but saved: its content is the guest's."""
     path = request.GET.get("path", "")
     pieces = await operations.get_file(caller=request.caller, session_id=session_id, path=path)
@@ -59,7 +59,7 @@ async def download(request: HttpRequest, session_id: str) -> HttpResponse:
 
 @member
 @require_POST
-async def packages(request: HttpRequest, session_id: str) -> HttpResponse:
+async def packages(request: MemberRequest, session_id: str) -> HttpResponse:
     """Install into the session; says what became of it in one sentence."""
     asked = parse(InstallRequest, body(request))
     installed = await operations.install(caller=request.caller, session_id=session_id, requirements=asked.packages)

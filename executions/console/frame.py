@@ -32,6 +32,12 @@ plt.show()
 df.head()"""
 
 
+class MemberRequest(HttpRequest):
+    """A request of a signed-in person."""
+
+    caller: Caller
+
+
 def member(view: View) -> View:
     """A view for signed-in people: `request.caller` is who they are; refusals become a page, or JSON for a script."""
 
@@ -53,7 +59,7 @@ def member(view: View) -> View:
         async def asynchronous(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
             try:
                 request.user = await request.auser()
-                request.caller = await rows(who, request)
+                request.caller = await rows(who, request)  # type: ignore[attr-defined]
                 return await view(request, *args, **kwargs)
             except SandgateError as error:
                 return refused(request, error)
@@ -63,7 +69,7 @@ def member(view: View) -> View:
     @wraps(view)
     def synchronous(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
         try:
-            request.caller = who(request)
+            request.caller = who(request)  # type: ignore[attr-defined]
             return view(request, *args, **kwargs)
         except SandgateError as error:
             return refused(request, error)
@@ -79,9 +85,9 @@ def body(request: HttpRequest) -> Any:
         raise Invalid("The body is not JSON.", field="body") from None
 
 
-def page(request: HttpRequest, template: str, here: str, **context: Any) -> HttpResponse:
+def page(request: MemberRequest, template: str, here: str, **context: Any) -> HttpResponse:
     """A page of the console with its header and navigation."""
-    caller: Caller = request.caller
+    caller = request.caller
     sessions = Sandbox.objects.open().sessions().filter(team=caller.team).order_by("-created_at", "-id")[:6]
     role = Membership.objects.filter(team=caller.team, user=caller.person).values_list("role", flat=True).first()
     theme = request.COOKIES.get("theme")

@@ -8,14 +8,14 @@ from zoneinfo import ZoneInfo
 
 from django.db.models import Count, Q, QuerySet, Sum
 from django.db.models.functions import TruncDate
-from django.http import HttpRequest, HttpResponse, QueryDict
+from django.http import HttpResponse, QueryDict
 from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 
 from executions import backends, quotas
 from executions.console.copies import copies, curl
-from executions.console.frame import EXAMPLE, agents_of, key_of, member, page, spend_today
+from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
 from executions.costs import usd
 from executions.errors import NotFound
@@ -35,8 +35,8 @@ FRAME_POLICY = (
 
 @member
 @require_GET
-def sessions(request: HttpRequest) -> HttpResponse:
-    caller: Caller = request.caller
+def sessions(request: MemberRequest) -> HttpResponse:
+    caller = request.caller
     found = Sandbox.objects.sessions().filter(team=caller.team).select_related("agent__person", "template")
     return page(
         request,
@@ -53,13 +53,13 @@ def sessions(request: HttpRequest) -> HttpResponse:
 
 @member
 @require_GET
-def session(request: HttpRequest, session_id: str) -> HttpResponse:
-    caller: Caller = request.caller
+def session(request: MemberRequest, session_id: str) -> HttpResponse:
+    caller = request.caller
     found = find_session(caller, session_id)
     live = found.ended_at is None
     backend = backends.get(found.backend) if found.backend in backends.aliases() else None
     can = backend.capabilities.languages if backend else frozenset({"python"})
-    may_run = Scope.RUN in caller.scopes and found.agent.person_id in (None, caller.person.pk)
+    may_run = Scope.RUN in caller.scopes and found.agent.person_id in (None, request.user.pk)
     data = {
         "id": found.id,
         "open": live,
@@ -82,8 +82,8 @@ def session(request: HttpRequest, session_id: str) -> HttpResponse:
 
 @member
 @require_GET
-def runs(request: HttpRequest) -> HttpResponse:
-    caller: Caller = request.caller
+def runs(request: MemberRequest) -> HttpResponse:
+    caller = request.caller
     filters = {name: request.GET.get(name, "")[:200] for name in ("q", "state", "agent", "backend", "language")}
     found = _filtered(Execution.objects.filter(team=caller.team), filters)
     if before := request.GET.get("before"):
@@ -141,7 +141,7 @@ def find_run(caller: Caller, execution_id: str) -> Execution:
 
 @member
 @require_GET
-def run(request: HttpRequest, execution_id: str) -> HttpResponse:
+def run(request: MemberRequest, execution_id: str) -> HttpResponse:
     found = find_run(request.caller, execution_id)
     problem = f"{found.error_value} ({found.error_code})" if found.error_code else ""
     said = [EventKind.STDOUT, EventKind.STDERR, EventKind.RESULT, EventKind.ERROR]
@@ -180,7 +180,7 @@ def timeline(run: Execution) -> dict[str, Any]:
 
 @member
 @require_GET
-def output(request: HttpRequest, execution_id: str) -> HttpResponse:
+def output(request: MemberRequest, execution_id: str) -> HttpResponse:
     """All that it printed, stdout and stderr in order, as a file."""
     found = find_run(request.caller, execution_id)
     texts = found.events.filter(kind__in=[EventKind.STDOUT, EventKind.STDERR]).order_by("seq")
@@ -193,7 +193,7 @@ def output(request: HttpRequest, execution_id: str) -> HttpResponse:
 @member
 @xframe_options_sameorigin
 @require_GET
-def frame(request: HttpRequest, execution_id: str, seq: int) -> HttpResponse:
+def frame(request: MemberRequest, execution_id: str, seq: int) -> HttpResponse:
     """One HTML result as its author meant it, scripts and all, in an origin of its own."""
     event = find_run(request.caller, execution_id).events.filter(seq=seq, kind=EventKind.RESULT).first()
     html = event.data["mime"].get("text/html") if event else None
@@ -206,8 +206,8 @@ def frame(request: HttpRequest, execution_id: str, seq: int) -> HttpResponse:
 
 @member
 @require_GET
-def usage(request: HttpRequest) -> HttpResponse:
-    caller: Caller = request.caller
+def usage(request: MemberRequest) -> HttpResponse:
+    caller = request.caller
     zone = ZoneInfo(caller.team.time_zone)
     today = timezone.now().astimezone(zone).date()
     days = [today - timedelta(days=back) for back in reversed(range(DAYS))]

@@ -140,7 +140,7 @@ function take(message: Message): void {
 function cellOf(message: Message): Cell | undefined {
   const id = message.execution_id;
   const known = cells.find((cell) => (message.client_id && cell.clientId === message.client_id) || (id && cell.executionId === id));
-  if (known || !id || message.type !== "state" || message.code === undefined) return known;
+  if (known || !id || message.type !== "execution") return known;
   if (removed.includes(id) || cells.some((cell) => cell.runs.includes(id))) return undefined;
   const last = cells.at(-1);
   const at = last && !last.editor.code.trim() && !last.runs.length ? cells.length - 1 : cells.length;
