@@ -28,7 +28,7 @@ lint: tools
 	$(PY) manage.py makemigrations --check --dry-run
 
 bench: tools
-	$(PY) -m pytest tests/bench -p no:xdist -s $(ARGS)
+	$(PY) -m tests.bench $(ARGS)
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt

@@ -11,7 +11,7 @@ from channels.layers import get_channel_layer
 from django.utils import timezone
 
 from executions.backends.base import Event as Said
-from executions.models import Event
+from executions.models import Event, hot
 from executions.states import EventKind
 
 log = logging.getLogger(__name__)
@@ -142,8 +142,7 @@ class Journal:
 
 
 def write(batch: list[Event]) -> None:
-    if batch:
-        Event.objects.bulk_create(batch)
+    hot.insert(batch)
 
 
 def read(execution_id: str, after_seq: int = 0, limit: int = 1000) -> list[Event]:

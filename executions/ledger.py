@@ -8,11 +8,11 @@ from typing import Any
 from django.utils import timezone
 
 from executions import costs, quotas
-from executions.models import Execution, LedgerEntry, Sandbox, Usage
+from executions.models import Execution, LedgerEntry, Sandbox, Usage, hot
 
 
 def record_reservation(sandbox: Sandbox, amount_nano_usd: int) -> None:
-    LedgerEntry.objects.bulk_create(_entries(sandbox, LedgerEntry.RESERVE, amount_nano_usd))
+    hot.insert(_entries(sandbox, LedgerEntry.RESERVE, amount_nano_usd))
 
 
 def bill(
@@ -50,13 +50,13 @@ def bill(
                     at=until,
                 )
             )
-    Usage.objects.bulk_create(usage)
+    hot.insert(usage)
     covered = min(total, sandbox.reserved_nano_usd)
     given_back = sandbox.reserved_nano_usd - covered if final else 0
     quotas.settle(sandbox.reserved_on, release=covered + given_back, spend=total)
     entries = _entries(sandbox, LedgerEntry.SPEND, total, execution) if total else []
     entries += _entries(sandbox, LedgerEntry.RELEASE, given_back) if given_back else []
-    LedgerEntry.objects.bulk_create(entries)
+    hot.insert(entries)
     return own, {
         "reserved_nano_usd": sandbox.reserved_nano_usd - covered - given_back,
         "spent_nano_usd": sandbox.spent_nano_usd + total,

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from django.db import connection
-from django.db.models import F, Q, QuerySet
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 
 from executions.costs import usd
@@ -76,12 +76,10 @@ def take(caller: Caller, *, executions: int = 0, sandboxes: int = 0, nano_usd: i
             case Unit.CONCURRENT_SANDBOXES if sandboxes:
                 _take_open(quota, sandboxes)
             case Unit.EXECUTIONS if executions:
-                room = Quota.objects.filter(pk=quota.pk, limit__gte=F("used") + F("reserved") + executions)
-                if room.update(used=F("used") + executions) != 1:
+                if not hot.take(quota.pk, "used", executions):
                     raise _exceeded(quota, executions, caller.team.time_zone, now)
             case Unit.NANO_USD if nano_usd:
-                room = Quota.objects.filter(pk=quota.pk, limit__gte=F("used") + F("reserved") + nano_usd)
-                if room.update(reserved=F("reserved") + nano_usd) != 1:
+                if not hot.take(quota.pk, "reserved", nano_usd):
                     raise _exhausted(quota, nano_usd, caller.team.time_zone, now, fits)
                 budgets.append(quota.pk)
     return budgets
@@ -89,8 +87,8 @@ def take(caller: Caller, *, executions: int = 0, sandboxes: int = 0, nano_usd: i
 
 def settle(budgets: list[int], *, release: int = 0, spend: int = 0) -> None:
     """Give back what was set aside and book what was spent, on the budgets that `take` named."""
-    if budgets:
-        Quota.objects.filter(pk__in=budgets).update(reserved=F("reserved") - release, used=F("used") + spend)
+    for quota_id in sorted(budgets):  # in the order in which they are taken, so that two never wait for each other
+        hot.settle(quota_id, release, spend)
 
 
 def in_use(quota: Quota) -> int:

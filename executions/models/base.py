@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 from django.db import models, transaction
-from django.db.models import Q
 from django.utils import timezone
 
 from executions.models import hot
@@ -67,7 +66,7 @@ class HasLifecycle(models.Model):
     def born(cls, *states: str, reason: str = "", **fields: Any) -> Self:
         """Insert a row that has already taken the roads through `states`; each is recorded. Call it in a transaction."""
         row = cls(state=states[-1], **fields)
-        row.save(force_insert=True)
+        hot.insert([row])
         row._record(("", *states), reason)
         return row
 
@@ -82,8 +81,7 @@ class HasLifecycle(models.Model):
         if states[-1] in self.ENDED:
             fields.setdefault("ended_at", timezone.now())
         with transaction.atomic(savepoint=False):
-            unmoved: models.QuerySet[Any] = type(self)._base_manager.filter(Q(pk=self.pk), Q(("state", before)))
-            moved = unmoved.update(**fields) == 1
+            moved = hot.move(self, before, fields)
             if moved:
                 self._record((before, *states), reason)
         if not moved:
@@ -92,5 +90,7 @@ class HasLifecycle(models.Model):
             setattr(self, name, value)
 
     def _record(self, path: tuple[str, ...], reason: str) -> None:
-        steps = pairwise(path)
-        hot.insert_transitions(self.SUBJECT, self.pk, steps, reason, timezone.now())
+        from executions.models.records import Transition
+
+        subject, now = {f"{self.SUBJECT}_id": self.pk}, timezone.now()
+        hot.insert([Transition(**subject, before=b, after=a, reason=reason[:200], at=now) for b, a in pairwise(path)])

@@ -5,24 +5,56 @@ Each has its ORM twin in tests/test_hot.py, which is held to give the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-from django.db import connection
+from django.db import connection, models
+
+
+@cache
+def _insertion(model: type[models.Model], quote: Callable[[str], str]) -> tuple[str, list[models.Field]]:
+    fields = [f for f in model._meta.concrete_fields if not isinstance(f, models.AutoField)]
+    columns = ", ".join(quote(f.column) for f in fields)
+    return f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({', '.join(['%s'] * len(fields))})", fields
+
+
+def insert(rows: Sequence[models.Model]) -> None:
+    """Insert rows of one model. A row whose key the database would number does not learn its number."""
+    if not rows:
+        return
+    statement, fields = _insertion(type(rows[0]), connection.ops.quote_name)
+    with connection.cursor() as cursor:
+        for row in rows:
+            values = [f.get_db_prep_save(f.pre_save(row, True), connection) for f in fields]
+            cursor.execute(statement, [_adapted(value) for value in values])
+            row._state.adding = False
+            row._state.db = connection.alias
+
+
+def _adapted(value: Any) -> Any:
+    return str(value) if isinstance(value, models.Choices) else value
+
+
+def move(row: models.Model, before: str, fields: dict[str, Any]) -> bool:
+    """Set columns of a row that is still in the state `before`; False when it is not, and nothing has changed."""
+    meta, quote = row._meta, connection.ops.quote_name
+    columns, values = [], []
+    for name, value in fields.items():
+        field = meta.get_field(name)
+        columns.append(f"{quote(field.column)} = %s")
+        values.append(_adapted(field.get_db_prep_save(value, connection)))
+    statement = (
+        f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {quote(meta.pk.column)} = %s AND state = %s"
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(statement, [*values, row.pk, str(before)])
+        return cursor.rowcount == 1
 
 
 def _moment(at: datetime) -> Any:
     return connection.ops.adapt_datetimefield_value(at)
-
-
-def insert_transitions(subject: str, pk: str, steps: Iterable[tuple[str, str]], reason: str, at: datetime) -> None:
-    """One Transition row for each (before, after); `subject` is "execution" or "sandbox"."""
-    columns = {"execution": "execution_id", "sandbox": "sandbox_id"}
-    statement = f'INSERT INTO executions_transition ({columns[subject]}, "before", "after", reason, at) VALUES (%s, %s, %s, %s, %s)'
-    with connection.cursor() as cursor:
-        for before, after in steps:
-            cursor.execute(statement, [pk, str(before), str(after), reason[:200], _moment(at)])
 
 
 def count_open(table: str, scope: str | None, scope_id: Any) -> int:
@@ -48,3 +80,23 @@ def prices(backend: str, at: datetime) -> dict[str, int]:
             [backend, moment, moment],
         )
         return dict(cursor.fetchall())
+
+
+def take(quota_id: int, column: str, amount: int) -> bool:
+    """Add to `used` or `reserved` of a quota that has room for it; False, and nothing changed, where it has not."""
+    statements = {
+        "used": "UPDATE executions_quota SET used = used + %s WHERE id = %s AND used + reserved + %s <= {limit}",
+        "reserved": "UPDATE executions_quota SET reserved = reserved + %s WHERE id = %s AND used + reserved + %s <= {limit}",
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(statements[column].format(limit=connection.ops.quote_name("limit")), [amount, quota_id, amount])
+        return cursor.rowcount == 1
+
+
+def settle(quota_id: int, release: int, spend: int) -> None:
+    """Give back what a quota had set aside, and book what was spent."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE executions_quota SET reserved = reserved - %s, used = used + %s WHERE id = %s",
+            [release, spend, quota_id],
+        )

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from django.db import transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from executions import backends, journal, ledger
@@ -146,7 +147,7 @@ class Run:
     @transaction.atomic(durable=True)
     def _mark_unavailable(self, attempt: Attempt, why: BackendUnavailable) -> None:
         now = timezone.now()
-        Attempt.objects.filter(pk=attempt.pk).update(
+        self._attempt(attempt).update(
             outcome=AttemptOutcome.UNAVAILABLE, code=why.code, reason=why.detail[:500], ended_at=now
         )
         attempt.outcome, attempt.code, attempt.reason = AttemptOutcome.UNAVAILABLE, why.code, why.detail[:500]
@@ -154,6 +155,9 @@ class Run:
         assert sandbox is not None
         _, fields = ledger.bill(sandbox, final=True)  # nothing exists there, nothing is owed
         sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
+
+    def _attempt(self, attempt: Attempt) -> QuerySet[Attempt]:
+        return Attempt.objects.filter(execution_id=self.execution.pk, number=attempt.number)
 
     @transaction.atomic(durable=True)
     def _mark_running(self, sandbox: Sandbox, handle: Handle) -> None:
@@ -334,7 +338,7 @@ class Run:
         tried = execution.tried[-1]
         if tried.outcome == AttemptOutcome.OPEN:
             tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
-            Attempt.objects.filter(pk=tried.pk).update(outcome=outcome, code=tried.code, ended_at=ended_at)
+            self._attempt(tried).update(outcome=outcome, code=tried.code, ended_at=ended_at)
 
 
 async def kill(sandbox: Sandbox) -> bool:

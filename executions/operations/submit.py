@@ -15,7 +15,7 @@ from django.utils import timezone
 from executions import pool, quotas, routes
 from executions.errors import Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
-from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template
+from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.serializers import Submission
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope
 
@@ -110,7 +110,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     attempts.append(
         Attempt(execution=execution, number=len(attempts) + 1, backend=sandbox.backend, sandbox=sandbox, started_at=now)
     )
-    Attempt.objects.bulk_create(attempts)
+    hot.insert(attempts)
     execution.tried = attempts
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)

@@ -139,6 +139,19 @@ def test_a_taken_port_is_one_sentence_and_another_port(data):
     assert "PORT=" in said
 
 
+def test_mistakes_in_the_settings_are_told_together(data):
+    said = refused(
+        data, 0, PORT="http", SANDGATE_HOP_THREADS="many", DATABASE_URL="nonsense", SECRET_KEY_FILE="/nowhere"
+    )
+
+    assert [line.split(":")[0] for line in said.splitlines()[1:]] == [
+        "SECRET_KEY_FILE",
+        "PORT",
+        "SANDGATE_HOP_THREADS",
+        "DATABASE_URL",
+    ]
+
+
 def test_a_data_folder_that_cannot_be_written_is_one_sentence():
     said = refused(Path("/proc/sandgate"), servers.free_port())
 

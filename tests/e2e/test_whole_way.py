@@ -94,7 +94,7 @@ async def told_through(door: Any, rest: Rest, route: str, csv: bytes) -> dict[st
     session, other = await rest.open(route), await rest.open(route)
     by = door if hasattr(door, "put") else rest
     await rest.put(session, "/home/user/sales.csv", csv)
-    await by.put(session, "/home/user/note.txt", "one line\n".encode())
+    await by.put(session, "/home/user/note.txt", b"one line\n")
     await by.install(session, "emoji")
     found = {
         name: facts(await door.run(session, code))

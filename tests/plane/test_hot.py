@@ -3,11 +3,24 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.db import connection
 from django.db.models import Q
 
 from executions import operations
-from executions.models import Execution, Rate, Sandbox, Transition, hot
+from executions.models import (
+    Attempt,
+    Event,
+    Execution,
+    LedgerEntry,
+    Quota,
+    Rate,
+    Sandbox,
+    Transition,
+    Usage,
+    hot,
+    new_id,
+)
 from executions.states import ExecutionState
 from tests.plane.conftest import asks
 
@@ -15,14 +28,46 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
 @pytest.mark.django_db
-def test_transitions_are_what_the_orm_would_have_stored(caller):
-    execution = operations.submit(caller=caller, request=asks())
-    Transition.objects.all().delete()
-    Transition.objects.create(execution=execution, before="queued", after="starting", reason="x", at=NOW)
-    hot.insert_transitions("execution", execution.pk, [("queued", "starting")], "x", NOW)
+@pytest.mark.parametrize("model", [Execution, Sandbox, Transition, Attempt, Event, Usage, LedgerEntry])
+def test_a_row_is_inserted_as_the_orm_inserts_it(caller, model):
+    async_to_sync(operations.execute)(caller=caller, request=asks("#> é\n#= 1", metadata={"a": "b"}, env={"A": "1"}))
+    twin = model.objects.order_by("pk").last()
+    expected = model.objects.filter(pk=twin.pk).values().get()
+    model._base_manager.filter(pk=twin.pk)._raw_delete("default") if model not in (Execution, Sandbox) else None
+    if model in (Execution, Sandbox):
+        twin.pk = expected["id"] = new_id("twin")
+    hot.insert([twin])
 
-    twin, ours = Transition.objects.order_by("id").values("execution", "sandbox", "before", "after", "reason", "at")
-    assert twin == ours
+    found = model.objects.order_by("pk").last() if model not in (Execution, Sandbox) else model.objects.get(pk=twin.pk)
+    stored = model.objects.filter(pk=found.pk).values().get()
+    if model not in (Execution, Sandbox):  # the database numbered it anew
+        stored.pop("id"), expected.pop("id")
+    assert stored == expected
+
+
+@pytest.mark.django_db
+def test_a_row_is_moved_from_the_state_it_is_in_and_from_no_other(caller):
+    execution = operations.submit(caller=caller, request=asks())
+    fields = {"state": ExecutionState.RUNNING, "running_at": NOW, "metadata": {"x": [1]}, "error_value": ""}
+
+    assert not hot.move(execution, ExecutionState.QUEUED, fields)
+    assert hot.move(execution, ExecutionState.STARTING, fields)
+
+    stored = Execution.objects.filter(pk=execution.pk).values("state", "running_at", "metadata", "error_value").get()
+    assert stored == {"state": "running", "running_at": NOW, "metadata": {"x": [1]}, "error_value": ""}
+
+
+@pytest.mark.django_db
+def test_a_quota_is_taken_to_its_limit_and_not_beyond(caller):
+    quota = Quota.objects.create(team=caller.team, unit="executions", window="total", limit=10, used=3, reserved=2)
+
+    assert not hot.take(quota.pk, "used", 6)
+    assert hot.take(quota.pk, "reserved", 5)
+    assert not hot.take(quota.pk, "used", 1)
+    hot.settle(quota.pk, release=7, spend=4)
+
+    quota.refresh_from_db()
+    assert (quota.used, quota.reserved) == (7, 0)
 
 
 @pytest.mark.django_db
