@@ -8,9 +8,25 @@ import sys
 from pathlib import Path
 
 import environ
+from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
-env = environ.FileAwareEnv()  # X_FILE=path works for every X
+MISTAKES: list[str] = []  # all of them are told together, at the end
+
+
+class Env(environ.FileAwareEnv):
+    """X_FILE=path works for every X; what cannot be read is noted, and the default stands in."""
+
+    def get_value(self, var, cast=None, default=environ.Env.NOTSET, parse_default=False):
+        try:
+            return super().get_value(var, cast=cast, default=default, parse_default=parse_default)
+        except (ValueError, OSError, ImproperlyConfigured):
+            said = f"{var}: {os.environ[var]!r} is not" if var in os.environ else f"{var}_FILE: the file does not hold"
+            MISTAKES.append(f"{said} {'a number' if cast is int else 'a value that can be read'}.")
+            return default
+
+
+env = Env()
 if (BASE_DIR / ".env").is_file():
     env.read_env(str(BASE_DIR / ".env"))
 
@@ -105,16 +121,19 @@ HOP_INLINE = False
 
 DATABASES = {"default": env.db_url("DATABASE_URL", default=f"sqlite:///{DATA / 'sandgate.sqlite3'}")}
 _database = DATABASES["default"]
-if _database["ENGINE"].endswith("sqlite3"):
+_engine = _database.get("ENGINE", "")
+if _engine.endswith("sqlite3"):
     _database["CONN_MAX_AGE"] = None
     _database["OPTIONS"] = {
         "transaction_mode": "IMMEDIATE",  # otherwise two admissions read the same count and both pass
         "timeout": 20,
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-20000;",
     }
-elif _database["ENGINE"].endswith("postgresql"):
+elif _engine.endswith("postgresql"):
     _database["CONN_MAX_AGE"] = 0
     _database["OPTIONS"] = {**_database.get("OPTIONS", {}), "pool": {"min_size": 2, "max_size": HOP_THREADS + 8}}
+else:
+    MISTAKES.append("DATABASE_URL: sqlite:///path and postgresql://user:password@host/name are known.")
 
 REDIS_URL = env.str("REDIS_URL", default="")
 CHANNEL_LAYERS = {
@@ -256,7 +275,13 @@ UNFOLD = {
     "STYLES": ["executions.admin.navigation.stylesheet"],
     "SIDEBAR": {"command_search": True, "navigation": "executions.admin.navigation.sidebar"},
     "COMMAND": {
-        "search_models": ["executions.agent", "executions.apikey", "executions.team", "executions.template", "executions.user"],
+        "search_models": [
+            "executions.agent",
+            "executions.apikey",
+            "executions.team",
+            "executions.template",
+            "executions.user",
+        ],
         "search_callback": "executions.admin.navigation.find",
     },
     "BORDER_RADIUS": "6px",
@@ -276,3 +301,6 @@ UNFOLD = {
         },
     },
 }
+
+if MISTAKES:
+    sys.exit("\n".join(["Sandgate cannot start with these settings (docs/configuration.md):", *MISTAKES]))
