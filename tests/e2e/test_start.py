@@ -141,7 +141,7 @@ def test_a_taken_port_is_one_sentence_and_another_port(data):
 
 def test_mistakes_in_the_settings_are_told_together(data):
     said = refused(
-        data, 0, PORT="http", SANDGATE_HOP_THREADS="many", DATABASE_URL="nonsense", SECRET_KEY_FILE="/nowhere"
+        data, 0, PORT="http", SANDGATE_HOP_THREADS="many", DATABASE_URL="mysql://a@b/c", SECRET_KEY_FILE="/nowhere"
     )
 
     assert [line.split(":")[0] for line in said.splitlines()[1:]] == [
