@@ -169,8 +169,11 @@ async def test_a_client_that_leaves_closes_the_sandboxs_side():
     assert not exchange.whole
 
 
-async def test_an_early_answer_to_a_large_request_arrives():
+async def test_a_request_that_is_refused_halfway_gets_its_answer():
     exchange = Exchange(*[b"x" * 65536] * 64, headers={"Content-Length": str(64 * 65536)})
-    await exchange.answered(b"HTTP/1.1 507 Full\r\ncontent-length: 0\r\n\r\n")
+    async with exchange.going_on() as (task, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 507 Full\r\ncontent-length: 0\r\n\r\n")
+        await task
 
     assert exchange.status == 507
