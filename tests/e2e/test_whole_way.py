@@ -49,7 +49,7 @@ def csv() -> bytes:
     dice = random.Random(20261124)
     text = io.StringIO()
     text.write("day,category,price\n")
-    for n in range(ROWS):
+    for _ in range(ROWS):
         day = date(2025, 1, 1) + timedelta(days=dice.randrange(365))
         price = "" if dice.random() < 0.02 else f"{dice.lognormvariate(3, 0.5):.2f}"
         text.write(f"{day},{dice.choice(['tea', 'coffee', 'maté', '水'])},{price}\n")
