@@ -58,7 +58,7 @@ async def _serve(plan: dict[str, Any], node: socket.socket, envd_descriptor: int
         await http.serve(socket.socket(fileno=envd_descriptor), envd.handler(agent)),
         await http.serve(socket.socket(fileno=interpreter_descriptor), interpreter.handler(agent)),
     ]
-    interpreter.default_context(agent, "python").start()
     node.send(b"ready")
     node.close()
+    interpreter.default_context(agent, "python").start()
     await asyncio.gather(*(server.serve_forever() for server in servers))

@@ -36,11 +36,12 @@ WARM_CELLS = {
 
 shell: Any = None  # made once, in the zygote, like the next
 font_list: tuple[str, bytes] | None = None
+ours: list[str] = []  # our modules; looking through all of them in each fork would copy half a thousand pages
 
 
 def warm() -> dict[str, Any]:
     """Import and exercise what the template has; returns what it found."""
-    global shell, font_list
+    global shell, font_list, ours
     from . import shell as shells
 
     shell = shells.make()
@@ -67,6 +68,7 @@ def warm() -> dict[str, Any]:
     for leftover in ("last_type", "last_value", "last_traceback", "last_exc"):
         vars(sys).pop(leftover, None)
     font_list = _font_list()
+    ours = [name for name in sys.modules if name == "wire" or name.partition(".")[0] == "guest"]
     return {"python": sys.version.split()[0], "packages": found}
 
 
@@ -143,8 +145,8 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
     shell.send = channels.send
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as any Python has it
-    for name in [n for n in sys.modules if n == "wire" or n == "guest" or n.startswith("guest.")]:
-        del sys.modules[name]  # users may have modules of these names
+    for name in ours:
+        sys.modules.pop(name, None)  # users may have modules of these names
     sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate")]
     sys.argv = [""]
     os.environ.clear()
