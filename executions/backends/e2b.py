@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -191,9 +191,6 @@ class E2BBackend(Backend):
             await self.kill(listed.handle)
         return True
 
-    async def list(self) -> list[Listed]:
-        return await self._listed(OURS)
-
     async def _listed(self, metadata: dict[str, str]) -> list[Listed]:
         sdk = await _loaded()
         found: list[Listed] = []
@@ -214,7 +211,7 @@ class E2BBackend(Backend):
                 await pages.next_items()
         except BackendUnavailable as e:
             return Check(ok=False, detail=e.detail, isolation=self.isolation)
-        return Check(ok=True, detail=self._account["api_url"], isolation=self.isolation)
+        return Check(ok=True, detail=str(self._account["api_url"]), isolation=self.isolation)
 
     # code
 
@@ -393,6 +390,9 @@ class E2BBackend(Backend):
         with self._translated():
             await sandbox.files.remove(path)
 
+    async def list(self) -> list[Listed]:  # the last one: below it, the name is no longer the type
+        return await self._listed(OURS)
+
 
 def _context(context: Any) -> dict[str, Any]:
     return {"id": context.id, "language": context.language, "cwd": context.cwd}
@@ -410,7 +410,7 @@ def _refusal(status: int, text: str) -> BackendError:
     return BackendError(f"E2B answered {status}: {text[:300]}")
 
 
-async def _lines(response: Any, ends: float) -> AsyncIterator[Any]:
+async def _lines(response: Any, ends: float) -> AsyncGenerator[Any, None]:
     """The JSON lines of a stream. TimeoutError at `ends`, SandboxLost for what is not a line of JSON."""
     held = bytearray()
     pieces = response.aiter_bytes()
