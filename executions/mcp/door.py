@@ -67,9 +67,9 @@ class Mounted:
 
 
 def _build() -> AbstractAsyncContextManager[Any]:
-    from executions.mcp import server
+    from executions.mcp.server import over_http
 
-    return server.over_http(caller_of=lambda context: context.request.scope[CALLER])
+    return over_http(caller_of=lambda context: context.request.scope[CALLER])
 
 
 app = Mounted(_build)
@@ -95,6 +95,9 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
             caller = await rows(_authenticated, headers, ip, request_id)
         except SandgateError as e:
             return await _problem(e, request_id, labelled)
+        except Exception:
+            log.exception("mcp_door_failed")
+            return await _problem(SandgateError("Something broke on our side."), request_id, labelled)
         await app({**scope, CALLER: caller}, receive, labelled)
 
 

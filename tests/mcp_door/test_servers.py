@@ -99,7 +99,8 @@ async def test_first_requests_that_come_together_are_all_answered(served):
     assert [words.splitlines()[0] for words in said] == [f"value: {n}" for n in range(8)]
 
 
-async def test_progress_arrives_before_the_answer(served):
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_progress_arrives_before_the_answer(served, mode):
     url, token = served
     heard: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -107,7 +108,7 @@ async def test_progress_arrives_before_the_answer(served):
         if not heard.done() and message.endswith(": 10 of 90"):
             heard.set_result(message.split()[1].rstrip(":"))
 
-    async with connected(url, token) as mcp:
+    async with connected(url, token, mode) as mcp:
         call = asyncio.create_task(
             mcp.call_tool("execute_code", {"code": "#> 10 of 90\n#~ 60"}, progress_callback=hear)
         )
