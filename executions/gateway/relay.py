@@ -40,7 +40,7 @@ async def relay(
         for task in (asking, answering):
             task.cancel()
         await asyncio.gather(asking, answering, return_exceptions=True)
-        writer.close()
+        writer.transport.abort()  # close() would wait for a sandbox that does not read
 
 
 async def _ask(scope: Any, target: bytes, receive: Any, writer: asyncio.StreamWriter, refused: asyncio.Event) -> None:
