@@ -48,7 +48,7 @@ class Since(DropdownFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet) -> QuerySet:
         if self.value() not in PERIODS:
             return queryset
-        return queryset.filter(**{f"{self.field}__gte": timezone.now() - PERIODS[self.value()][1]})  # type: ignore[index]
+        return queryset.filter(**{f"{self.field}__gte": timezone.now() - PERIODS[self.value()][1]})
 
 
 class SinceAt(Since):

@@ -16,7 +16,7 @@ from django.db import connection, models
 @cache
 def _insertion(model: type[models.Model], quote: Callable[[str], str]) -> tuple[str, list[models.Field]]:
     fields = [f for f in model._meta.concrete_fields if not isinstance(f, models.AutoField)]
-    columns = ", ".join(quote(f.column) for f in fields)
+    columns = ", ".join(quote(str(f.column)) for f in fields)
     return f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({', '.join(['%s'] * len(fields))})", fields
 
 
@@ -42,11 +42,11 @@ def move(row: models.Model, before: str, fields: dict[str, Any]) -> bool:
     meta, quote = row._meta, connection.ops.quote_name
     columns, values = [], []
     for name, value in fields.items():
-        field = meta.get_field(name)
+        field: Any = meta.get_field(name)
         columns.append(f"{quote(field.column)} = %s")
         values.append(_adapted(field.get_db_prep_save(value, connection)))
     statement = (
-        f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {quote(meta.pk.column)} = %s AND state = %s"
+        f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {quote(str(meta.pk.column))} = %s AND state = %s"
     )
     with connection.cursor() as cursor:
         cursor.execute(statement, [*values, row.pk, str(before)])

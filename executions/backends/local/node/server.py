@@ -122,7 +122,7 @@ class Node:
     async def _end(self, sandbox: Sandbox) -> None:
         async with sandbox.ending:
             await sandbox.end(self.block)
-        if self.sandboxes.get(sandbox.id) is sandbox:
+        if self.sandboxes.get(sandbox.id) == sandbox:
             del self.sandboxes[sandbox.id]
 
     def _known(self, request: dict[str, Any]) -> Sandbox:
