@@ -1,0 +1,281 @@
+"""E2B's wire protocol inside a sandbox, as clients of port 49983 and 49999 speak it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import struct
+import time
+from urllib.parse import quote
+
+import pytest
+
+from executions.backends.local import http
+from tests.local.attack import sandbox
+
+
+@pytest.fixture
+def backend(node):
+    return node.backend
+
+
+async def send(
+    handle, method: str, path: str, body: bytes = b"", *, port: int = 49983, token: bool = True, **headers: str
+):
+    """One request; its status and body."""
+    fields = {name.replace("_", "-"): text for name, text in headers.items()}
+    if token:
+        fields["x-access-token"] = handle["token"]
+    async with http.request(handle["dir"], port, method, path, headers=fields, body=body) as answer:
+        return answer.status, await answer.whole()
+
+
+async def call(handle, method: str, message: dict, **headers: str):
+    """One unary call of a Connect service."""
+    status, body = await send(handle, "POST", f"/{method}", json.dumps(message).encode(), **headers)
+    return status, json.loads(body)
+
+
+def envelopes(body: bytes) -> list[tuple[int, dict]]:
+    found = []
+    while body:
+        flag, size = struct.unpack(">BI", body[:5])
+        found.append((flag, json.loads(body[5 : 5 + size])))
+        body = body[5 + size :]
+    return found
+
+
+async def start(handle, command: str, **headers: str) -> list[tuple[int, dict]]:
+    message = json.dumps({"process": {"cmd": "/bin/bash", "args": ["-l", "-c", command]}, "stdin": False}).encode()
+    body = struct.pack(">BI", 0, len(message)) + message
+    return envelopes((await send(handle, "POST", "/process.Process/Start", body, **headers))[1])
+
+
+async def test_only_health_is_open_to_everybody(backend):
+    async with sandbox(backend) as handle:
+        assert await send(handle, "GET", "/health", token=False) == (204, b"")
+        for method, path in (
+            ("GET", "/envs"),
+            ("GET", "/files?path=/etc/passwd"),
+            ("POST", "/files?path=/tmp/x"),
+            ("POST", "/process.Process/List"),
+            ("POST", "/filesystem.Filesystem/Stat"),
+        ):
+            assert (await send(handle, method, path, token=False))[0] == 401
+            assert (await send(handle, method, path, token=False, x_access_token="wrong"))[0] == 401
+
+
+def signature(path: str, operation: str, token: str, expiration: int | None = None, user: str = "") -> str:
+    text = f"{path}:{operation}:{user}:{token}" + (f":{expiration}" if expiration is not None else "")
+    return "v1_" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+
+
+async def test_files_are_open_to_a_signature_until_it_expires(backend):
+    async with sandbox(backend) as handle:
+        await send(handle, "POST", "/files?path=/tmp/x", b"content", content_type="application/octet-stream")
+        good = quote(signature("/tmp/x", "read", handle["token"]))
+        soon, past = int(time.time()) + 60, int(time.time()) - 60
+        timed = quote(signature("/tmp/x", "read", handle["token"], soon))
+        late = quote(signature("/tmp/x", "read", handle["token"], past))
+
+        url = "/files?path=/tmp/x"
+        assert await send(handle, "GET", f"{url}&signature={good}", token=False) == (200, b"content")
+        assert (await send(handle, "GET", f"{url}&signature={timed}&signature_expiration={soon}", token=False))[
+            0
+        ] == 200
+        for refused, text in (
+            (url, b"missing signature"),
+            (f"{url}&signature={good}x", b"invalid signature"),
+            (f"/files?path=/etc/passwd&signature={good}", b"invalid signature"),
+            (f"{url}&signature={late}&signature_expiration={past}", b"already expired"),
+        ):
+            status, body = await send(handle, "GET", refused, token=False)
+            assert (status, text in body) == (401, True)
+
+
+def multipart(*parts: tuple[str, bytes]) -> tuple[bytes, str]:
+    body = b"preamble\r\n"
+    for name, content in parts:
+        body += (
+            f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'.encode()
+            + content
+            + b"\r\n"
+        )
+    return body + b"--edge--\r\nepilogue", "multipart/form-data; boundary=edge"
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 10**6])
+async def test_multipart_files_arrive_however_they_are_cut(backend, piece):
+    contents = [b"", b"\r\n", b"one\r\n--edg\r\n--edgy", bytes(range(256)) * 10]
+    body, content_type = multipart(*((f"/tmp/m/{n}", content) for n, content in enumerate(contents)))
+
+    async def pieces():
+        for at in range(0, len(body), piece):
+            yield body[at : at + piece]
+
+    async with sandbox(backend) as handle:
+        async with http.request(
+            handle["dir"], 49983, "POST", "/files", body=pieces(),
+            headers={"x-access-token": handle["token"], "content-type": content_type},
+        ) as answer:  # fmt: skip
+            written = await answer.json()
+        back = [(await send(handle, "GET", f"/files?path=/tmp/m/{n}"))[1] for n in range(len(contents))]
+
+    assert [entry["path"] for entry in written] == ["/tmp/m/0", "/tmp/m/1", "/tmp/m/2", "/tmp/m/3"]
+    assert back == contents
+
+
+async def test_a_full_disk_is_507_and_a_folder_400(backend):
+    async with sandbox(backend, disk_mib=4) as handle:
+        status, _ = await send(
+            handle, "POST", "/files?path=/tmp/big", b"x" * (8 << 20), content_type="application/octet-stream"
+        )
+        folder, _ = await send(handle, "GET", "/files?path=/home/user")
+        missing, body = await send(handle, "GET", "/files?path=/home/user/none")
+
+    assert (status, folder, missing) == (507, 400, 404)
+    assert json.loads(body) == {"code": 404, "message": "path '/home/user/none' does not exist"}
+
+
+async def test_the_file_system_service(backend):
+    service = "filesystem.Filesystem/"
+    async with sandbox(backend) as handle:
+        made = await call(handle, service + "MakeDir", {"path": "d/e"})
+        again = await call(handle, service + "MakeDir", {"path": "/home/user/d/e"})
+        await send(handle, "POST", "/files?path=d/f", b"12", content_type="application/octet-stream")
+        moved = await call(handle, service + "Move", {"source": "~/d/f", "destination": "~/x/y/g"})
+        seen = await call(handle, service + "Stat", {"path": "x/y/g"})
+        listed = await call(handle, service + "ListDir", {"path": "/home/user", "depth": 2})
+        removed = [await call(handle, service + "Remove", {"path": "x"}) for _ in range(2)]
+        gone = await call(handle, service + "Stat", {"path": "x"})
+        unknown = await call(handle, service + "Frobnicate", {})
+
+    assert made[1]["entry"]["path"] == "/home/user/d/e"
+    assert (again[0], again[1]["code"]) == (409, "already_exists")
+    assert moved[0] == 200
+    assert (seen[1]["entry"]["size"], seen[1]["entry"]["type"], seen[1]["entry"]["owner"]) == (
+        "2",
+        "FILE_TYPE_FILE",
+        "user",
+    )
+    assert {"/home/user/d", "/home/user/d/e", "/home/user/x/y"} <= {entry["path"] for entry in listed[1]["entries"]}
+    assert removed == [(200, {}), (200, {})]
+    assert (gone[0], gone[1]["code"]) == (404, "not_found")
+    assert (unknown[0], unknown[1]["code"]) == (501, "unimplemented")
+
+
+async def test_a_process_streams_and_ends(backend):
+    async with sandbox(backend) as handle:
+        said = await start(handle, "echo out; echo err >&2; exit 4")
+
+    assert "pid" in said[0][1]["event"]["start"]
+    data = [message["event"]["data"] for _, message in said if "data" in message.get("event", {})]
+    assert {name: base64.b64decode(text) for part in data for name, text in part.items()} == {
+        "stdout": b"out\n",
+        "stderr": b"err\n",
+    }
+    assert said[-2][1]["event"]["end"] == {
+        "exitCode": 4,
+        "exited": True,
+        "status": "exit status 4",
+        "error": "exit status 4",
+    }
+    assert said[-1] == (2, {})
+
+
+async def test_a_deadline_ends_the_stream_and_the_process(backend):
+    async with sandbox(backend) as handle:
+        said = await start(handle, "trap '' TERM; sleep 600", connect_timeout_ms="300")
+        _, listed = await call(handle, "process.Process/List", {})
+
+    assert said[-1][0] == 2
+    assert said[-1][1]["error"]["code"] == "deadline_exceeded"
+    assert listed == {"processes": []}
+
+
+async def test_a_client_that_leaves_kills_nothing_and_a_signal_does(backend):
+    message = json.dumps({"process": {"cmd": "/bin/sleep", "args": ["600"]}, "tag": "mine"}).encode()
+    body = struct.pack(">BI", 0, len(message)) + message
+    async with sandbox(backend) as handle:
+        async with http.request(
+            handle["dir"],
+            49983,
+            "POST",
+            "/process.Process/Start",
+            body=body,
+            headers={"x-access-token": handle["token"]},
+        ) as answer:
+            first = envelopes(await anext(answer.pieces()))
+        _, listed = await call(handle, "process.Process/List", {})
+        killed = await call(
+            handle, "process.Process/SendSignal", {"process": {"tag": "mine"}, "signal": "SIGNAL_SIGKILL"}
+        )
+        async with asyncio.timeout(5):
+            while (await call(handle, "process.Process/List", {}))[1]["processes"]:
+                await asyncio.sleep(0.01)
+        unknown = await call(
+            handle, "process.Process/SendSignal", {"process": {"pid": 999}, "signal": "SIGNAL_SIGKILL"}
+        )
+
+    assert [process["pid"] for process in listed["processes"]] == [first[0][1]["event"]["start"]["pid"]]
+    assert killed == (200, {})
+    assert unknown[0] == 404
+
+
+async def test_what_is_not_a_process_is_refused_in_the_stream(backend):
+    async with sandbox(backend) as handle:
+        message = json.dumps({"process": {"cmd": "/bin/true", "cwd": "/nowhere"}}).encode()
+        body = struct.pack(">BI", 0, len(message)) + message
+        status, answer = await send(handle, "POST", "/process.Process/Start", body)
+
+    assert status == 200
+    assert envelopes(answer) == [
+        (2, {"error": {"code": "invalid_argument", "message": "cwd '/nowhere' does not exist"}})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{}", 422),
+        (b'{"code": 5}', 422),
+        (b"[]", 422),
+        (b"nonsense", 422),
+        (b'{"code": "1", "context_id": "none"}', 404),
+        (b'{"code": "1", "context_id": "x", "language": "python"}', 400),
+        (b'{"code": "1", "language": "cobol"}', 400),
+    ],
+)
+async def test_a_request_to_execute_that_is_none_is_refused(backend, body, status):
+    async with sandbox(backend) as handle:
+        assert (await send(handle, "POST", "/execute", body, port=49999))[0] == status
+
+
+async def test_health_and_the_default_context_of_the_interpreter(backend):
+    async with sandbox(backend) as handle:
+        assert (await send(handle, "GET", "/health", port=49999, token=False))[0] == 200
+        _, contexts = await send(handle, "GET", "/contexts", port=49999, token=False)
+        nothing, _ = await send(handle, "GET", "/nothing", port=49999)
+
+    assert [(context["language"], context["cwd"]) for context in json.loads(contexts)] == [("python", "/home/user")]
+    assert nothing == 404
+
+
+async def test_garbage_on_the_sockets_hurts_nobody(backend, node):
+    async with sandbox(backend) as handle:
+        for garbage in (
+            b"\0" * 100,
+            b"GET\r\n\r\n",
+            b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 50_000,
+            b"POST /execute HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        ):
+            reader, writer = await backend.open_port(handle, 49999)
+            writer.write(garbage)
+            writer.write_eof()
+            async with asyncio.timeout(5):
+                while await reader.read(65536):
+                    pass
+            writer.close()
+        assert (await send(handle, "GET", "/health", port=49999))[0] == 200
