@@ -130,7 +130,7 @@ function take(message: Message): void {
   }
   if (was && !cell.open) {
     announce(`${cell.element.getAttribute("aria-label")}.`);
-    files.refresh();
+    if (page.open) files.refresh();
     if (cell.state !== "succeeded") abandon();
     pump();
   }
