@@ -46,7 +46,9 @@ TYPES = {"dir": "directory", "file": "file", "symlink": "symlink"}
 
 @cache
 def _sdk() -> Any:
-    os.environ.setdefault("E2B_MAX_CONNECTIONS", "2000")  # to one address; the SDK's own 200 would queue runs behind runs
+    os.environ.setdefault(
+        "E2B_MAX_CONNECTIONS", "2000"
+    )  # to one address; the SDK's own 200 would queue runs behind runs
     os.environ.setdefault("E2B_CONNECTION_RETRIES", "1")  # its 3 take two seconds before the next backend is tried
     import e2b_code_interpreter
 
@@ -239,7 +241,12 @@ class E2BBackend(Backend):
             "POST",
             f"{sandbox._jupyter_url}/execute",
             headers=headers,
-            json={"code": code, "context_id": context_id, "language": None if context_id else language, "env_vars": env},
+            json={
+                "code": code,
+                "context_id": context_id,
+                "language": None if context_id else language,
+                "env_vars": env,
+            },
             timeout=httpx.Timeout(timeout_seconds + GRACE_SECONDS),  # the SDK's transport takes it for the whole
         )
         try:
@@ -278,7 +285,11 @@ class E2BBackend(Backend):
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
     ) -> AsyncIterator[Event]:
-        sdk, sandbox, ends = await _loaded(), await self._sandbox(handle), time.monotonic() + timeout_seconds + GRACE_SECONDS
+        sdk, sandbox, ends = (
+            await _loaded(),
+            await self._sandbox(handle),
+            time.monotonic() + timeout_seconds + GRACE_SECONDS,
+        )
         said: asyncio.Queue[Event | None] = asyncio.Queue(64)
 
         async def hear(kind: str, text: str) -> None:

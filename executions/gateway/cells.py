@@ -125,7 +125,9 @@ async def _stream(execution: Execution, receive: Any, send: Any) -> None:
     hearing = asyncio.ensure_future(said.get())
     try:
         while not leaving.done():
-            await asyncio.wait({hearing, leaving, run.task}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {hearing, leaving, run.task}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
             if hearing.done():
                 events = [hearing.result()]
                 while not said.empty():

@@ -236,7 +236,9 @@ def _asked(request: HttpRequest, default_seconds: int) -> tuple[Caller, SessionR
             raise Invalid(sentence, field=field)
     network = {name for name, value in (body.get("network") or {}).items() if value and name != "denyOut"}
     if network:
-        raise Invalid(f"Sandboxes here have no network: {', '.join(sorted(network))} cannot be granted.", field="network")
+        raise Invalid(
+            f"Sandboxes here have no network: {', '.join(sorted(network))} cannot be granted.", field="network"
+        )
     seconds = _seconds(body, default_seconds)
     request_ = {
         "template": _template(body.get("templateID")),
@@ -260,7 +262,9 @@ async def _booted(sandbox: Sandbox) -> Sandbox:
         if sandbox.state != SandboxState.BOOTING:
             break
         await asyncio.sleep(0.1)
-    raise Conflict("The sandbox of this Idempotency-Key has ended.", remedy="Use a new Idempotency-Key for a new sandbox.")
+    raise Conflict(
+        "The sandbox of this Idempotency-Key has ended.", remedy="Use a new Idempotency-Key for a new sandbox."
+    )
 
 
 async def create_v1(request: HttpRequest) -> HttpResponse:
@@ -300,7 +304,9 @@ async def kill(request: HttpRequest, sandbox_id: str) -> HttpResponse:
 
 
 async def unsupported(request: HttpRequest, **_: Any) -> HttpResponse:
-    error = SandgateError("Pausing, forks, snapshots, metrics and network rules are not there.", remedy="See docs/e2b.md.")
+    error = SandgateError(
+        "Pausing, forks, snapshots, metrics and network rules are not there.", remedy="See docs/e2b.md."
+    )
     error.code, error.status = "unsupported", 501
     raise error
 

@@ -23,7 +23,9 @@ PREFIX = "/e2b"
 CONTROL = frozenset(  # first part of the paths of the control plane; old SDKs send E2b-Sandbox-Id there too
     "sandboxes snapshots templates volumes volumecontent secrets teams api-keys access-tokens nodes admin events v2 v3".split()
 )
-FORBIDDEN = frozenset("init freeze unfreeze collapse fsfreeze fsthaw upgrade".split())  # the agent's, for its orchestrator
+FORBIDDEN = frozenset(
+    "init freeze unfreeze collapse fsfreeze fsthaw upgrade".split()
+)  # the agent's, for its orchestrator
 INTERPRETER = 49999
 CANNOT_STREAM = (
     "The web server that runs here (daphne, as under runserver) cannot stream into sandboxes. "
@@ -49,7 +51,9 @@ async def data(scope: Any, receive: Any, send: Any) -> None:
     if sandbox is None:
         return await not_found(send, sandbox_id)
     if not _owner_is_live(sandbox):
-        return await answer(send, 401, {"code": 401, "message": "The key or agent that made this sandbox is switched off."})
+        return await answer(
+            send, 401, {"code": 401, "message": "The key or agent that made this sandbox is switched off."}
+        )
     path = scope["path"].removeprefix(PREFIX)
     if path.strip("/") in FORBIDDEN:
         return await answer(send, 404, {"code": 404, "message": "not found"})

@@ -4,548 +4,1323 @@ import django.contrib.auth.models
 import django.contrib.auth.validators
 import django.db.models.deletion
 import django.utils.timezone
-import executions.models.base
-import executions.models.teams
 from django.conf import settings
 from django.db import migrations, models
 
+import executions.models.base
+import executions.models.teams
+
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('auth', '0012_alter_user_first_name_max_length'),
+        ("auth", "0012_alter_user_first_name_max_length"),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Team',
+            name="Team",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='team', primary_key=True, serialize=False)),
-                ('name', models.CharField(max_length=100, unique=True)),
-                ('time_zone', models.CharField(default='UTC', help_text='Where its days and months begin.', max_length=64)),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="team", primary_key=True, serialize=False
+                    ),
+                ),
+                ("name", models.CharField(max_length=100, unique=True)),
+                (
+                    "time_zone",
+                    models.CharField(default="UTC", help_text="Where its days and months begin.", max_length=64),
+                ),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
             ],
         ),
         migrations.CreateModel(
-            name='User',
+            name="User",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('password', models.CharField(max_length=128, verbose_name='password')),
-                ('last_login', models.DateTimeField(blank=True, null=True, verbose_name='last login')),
-                ('is_superuser', models.BooleanField(default=False, help_text='Designates that this user has all permissions without explicitly assigning them.', verbose_name='superuser status')),
-                ('username', models.CharField(error_messages={'unique': 'A user with that username already exists.'}, help_text='Required. 150 characters or fewer. Letters, digits and @/./+/-/_ only.', max_length=150, unique=True, validators=[django.contrib.auth.validators.UnicodeUsernameValidator()], verbose_name='username')),
-                ('first_name', models.CharField(blank=True, max_length=150, verbose_name='first name')),
-                ('last_name', models.CharField(blank=True, max_length=150, verbose_name='last name')),
-                ('email', models.EmailField(blank=True, max_length=254, verbose_name='email address')),
-                ('is_staff', models.BooleanField(default=False, help_text='Designates whether the user can log into this admin site.', verbose_name='staff status')),
-                ('is_active', models.BooleanField(default=True, help_text='Designates whether this user should be treated as active. Unselect this instead of deleting accounts.', verbose_name='active')),
-                ('date_joined', models.DateTimeField(default=django.utils.timezone.now, verbose_name='date joined')),
-                ('groups', models.ManyToManyField(blank=True, help_text='The groups this user belongs to. A user will get all permissions granted to each of their groups.', related_name='user_set', related_query_name='user', to='auth.group', verbose_name='groups')),
-                ('user_permissions', models.ManyToManyField(blank=True, help_text='Specific permissions for this user.', related_name='user_set', related_query_name='user', to='auth.permission', verbose_name='user permissions')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("password", models.CharField(max_length=128, verbose_name="password")),
+                ("last_login", models.DateTimeField(blank=True, null=True, verbose_name="last login")),
+                (
+                    "is_superuser",
+                    models.BooleanField(
+                        default=False,
+                        help_text="Designates that this user has all permissions without explicitly assigning them.",
+                        verbose_name="superuser status",
+                    ),
+                ),
+                (
+                    "username",
+                    models.CharField(
+                        error_messages={"unique": "A user with that username already exists."},
+                        help_text="Required. 150 characters or fewer. Letters, digits and @/./+/-/_ only.",
+                        max_length=150,
+                        unique=True,
+                        validators=[django.contrib.auth.validators.UnicodeUsernameValidator()],
+                        verbose_name="username",
+                    ),
+                ),
+                ("first_name", models.CharField(blank=True, max_length=150, verbose_name="first name")),
+                ("last_name", models.CharField(blank=True, max_length=150, verbose_name="last name")),
+                ("email", models.EmailField(blank=True, max_length=254, verbose_name="email address")),
+                (
+                    "is_staff",
+                    models.BooleanField(
+                        default=False,
+                        help_text="Designates whether the user can log into this admin site.",
+                        verbose_name="staff status",
+                    ),
+                ),
+                (
+                    "is_active",
+                    models.BooleanField(
+                        default=True,
+                        help_text="Designates whether this user should be treated as active. Unselect this instead of deleting accounts.",
+                        verbose_name="active",
+                    ),
+                ),
+                ("date_joined", models.DateTimeField(default=django.utils.timezone.now, verbose_name="date joined")),
+                (
+                    "groups",
+                    models.ManyToManyField(
+                        blank=True,
+                        help_text="The groups this user belongs to. A user will get all permissions granted to each of their groups.",
+                        related_name="user_set",
+                        related_query_name="user",
+                        to="auth.group",
+                        verbose_name="groups",
+                    ),
+                ),
+                (
+                    "user_permissions",
+                    models.ManyToManyField(
+                        blank=True,
+                        help_text="Specific permissions for this user.",
+                        related_name="user_set",
+                        related_query_name="user",
+                        to="auth.permission",
+                        verbose_name="user permissions",
+                    ),
+                ),
             ],
             options={
-                'verbose_name': 'user',
-                'verbose_name_plural': 'users',
-                'abstract': False,
+                "verbose_name": "user",
+                "verbose_name_plural": "users",
+                "abstract": False,
             },
             managers=[
-                ('objects', django.contrib.auth.models.UserManager()),
+                ("objects", django.contrib.auth.models.UserManager()),
             ],
         ),
         migrations.CreateModel(
-            name='Agent',
+            name="Agent",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='agt', primary_key=True, serialize=False)),
-                ('name', models.SlugField(max_length=64)),
-                ('description', models.CharField(blank=True, max_length=300)),
-                ('is_active', models.BooleanField(default=True, help_text='Off: its keys and sessions are refused.')),
-                ('route', models.JSONField(blank=True, default=list, help_text='Backend aliases in order, e.g. ["e2b", "local"]. Empty: the default route.')),
-                ('isolation_floor', models.CharField(choices=[('none', 'none'), ('reduced', 'reduced'), ('namespaces', 'namespaces'), ('microvm', 'microvm')], default='namespaces', help_text='Code of this agent never runs behind weaker walls than these.', max_length=12)),
-                ('languages', models.JSONField(blank=True, default=list, help_text='Allowed languages. Empty: every one there is.')),
-                ('tools', models.JSONField(blank=True, default=list, help_text='MCP tools it sees. Empty: all.')),
-                ('packages', models.JSONField(blank=True, default=list, help_text='Package names that may be installed. Empty: none. ["*"]: any.')),
-                ('timeout_seconds', models.PositiveIntegerField(default=60, help_text='Of one execution, when it does not say.')),
-                ('timeout_max_seconds', models.PositiveIntegerField(default=600, help_text='The most that it may ask for.')),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('person', models.ForeignKey(blank=True, help_text='Whose personal agent this is.', null=True, on_delete=django.db.models.deletion.CASCADE, related_name='agents', to=settings.AUTH_USER_MODEL)),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='agents', to='executions.team')),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="agt", primary_key=True, serialize=False
+                    ),
+                ),
+                ("name", models.SlugField(max_length=64)),
+                ("description", models.CharField(blank=True, max_length=300)),
+                ("is_active", models.BooleanField(default=True, help_text="Off: its keys and sessions are refused.")),
+                (
+                    "route",
+                    models.JSONField(
+                        blank=True,
+                        default=list,
+                        help_text='Backend aliases in order, e.g. ["e2b", "local"]. Empty: the default route.',
+                    ),
+                ),
+                (
+                    "isolation_floor",
+                    models.CharField(
+                        choices=[
+                            ("none", "none"),
+                            ("reduced", "reduced"),
+                            ("namespaces", "namespaces"),
+                            ("microvm", "microvm"),
+                        ],
+                        default="namespaces",
+                        help_text="Code of this agent never runs behind weaker walls than these.",
+                        max_length=12,
+                    ),
+                ),
+                (
+                    "languages",
+                    models.JSONField(
+                        blank=True, default=list, help_text="Allowed languages. Empty: every one there is."
+                    ),
+                ),
+                ("tools", models.JSONField(blank=True, default=list, help_text="MCP tools it sees. Empty: all.")),
+                (
+                    "packages",
+                    models.JSONField(
+                        blank=True,
+                        default=list,
+                        help_text='Package names that may be installed. Empty: none. ["*"]: any.',
+                    ),
+                ),
+                (
+                    "timeout_seconds",
+                    models.PositiveIntegerField(default=60, help_text="Of one execution, when it does not say."),
+                ),
+                (
+                    "timeout_max_seconds",
+                    models.PositiveIntegerField(default=600, help_text="The most that it may ask for."),
+                ),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                (
+                    "person",
+                    models.ForeignKey(
+                        blank=True,
+                        help_text="Whose personal agent this is.",
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="agents",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="agents", to="executions.team"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='ApiKey',
+            name="ApiKey",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='key', primary_key=True, serialize=False)),
-                ('name', models.CharField(max_length=100)),
-                ('public', models.CharField(editable=False, help_text='The part that is not secret.', max_length=16, unique=True)),
-                ('digest', models.CharField(editable=False, max_length=64)),
-                ('scopes', models.JSONField(default=executions.models.teams.default_scopes)),
-                ('backend', models.CharField(blank=True, help_text='Bound to one backend: "scripted" makes a test key that costs nothing.', max_length=40)),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('expires_at', models.DateTimeField(blank=True, null=True)),
-                ('revoked_at', models.DateTimeField(blank=True, null=True)),
-                ('agent', models.ForeignKey(blank=True, help_text='Empty: a key of the whole team.', null=True, on_delete=django.db.models.deletion.PROTECT, related_name='keys', to='executions.agent')),
-                ('created_by', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='+', to=settings.AUTH_USER_MODEL)),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='keys', to='executions.team')),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="key", primary_key=True, serialize=False
+                    ),
+                ),
+                ("name", models.CharField(max_length=100)),
+                (
+                    "public",
+                    models.CharField(
+                        editable=False, help_text="The part that is not secret.", max_length=16, unique=True
+                    ),
+                ),
+                ("digest", models.CharField(editable=False, max_length=64)),
+                ("scopes", models.JSONField(default=executions.models.teams.default_scopes)),
+                (
+                    "backend",
+                    models.CharField(
+                        blank=True,
+                        help_text='Bound to one backend: "scripted" makes a test key that costs nothing.',
+                        max_length=40,
+                    ),
+                ),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                ("expires_at", models.DateTimeField(blank=True, null=True)),
+                ("revoked_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        blank=True,
+                        help_text="Empty: a key of the whole team.",
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="keys",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "created_by",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="+",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="keys", to="executions.team"
+                    ),
+                ),
             ],
             options={
-                'verbose_name': 'API key',
+                "verbose_name": "API key",
             },
         ),
         migrations.CreateModel(
-            name='Execution',
+            name="Execution",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='exe', primary_key=True, serialize=False)),
-                ('state', models.CharField(choices=[('queued', 'Queued'), ('starting', 'Starting'), ('running', 'Running'), ('succeeded', 'Succeeded'), ('failed', 'Failed'), ('timed_out', 'Timed Out'), ('cancelled', 'Cancelled'), ('errored', 'Errored')], default='queued', editable=False, max_length=10)),
-                ('language', models.CharField(default='python', max_length=12)),
-                ('code', models.TextField()),
-                ('code_sha256', models.CharField(max_length=64)),
-                ('context', models.CharField(blank=True, max_length=64)),
-                ('command', models.BooleanField(default=False, help_text='A command line for bash instead of a cell.')),
-                ('env', models.JSONField(blank=True, default=dict)),
-                ('files', models.JSONField(blank=True, default=dict, help_text='Written before the code runs: path to base64.')),
-                ('timeout_seconds', models.PositiveIntegerField(default=60)),
-                ('route', models.JSONField(default=list, help_text='The backends that may run it, in order.')),
-                ('cancel_on_disconnect', models.BooleanField(default=False)),
-                ('user', models.CharField(blank=True, help_text="The caller's own end user.", max_length=200)),
-                ('workflow', models.CharField(blank=True, max_length=100)),
-                ('step', models.CharField(blank=True, max_length=100)),
-                ('metadata', models.JSONField(blank=True, default=dict)),
-                ('door', models.CharField(blank=True, help_text='rest, mcp, console or gateway.', max_length=10)),
-                ('ip', models.GenericIPAddressField(blank=True, null=True)),
-                ('request_id', models.CharField(blank=True, max_length=40)),
-                ('trace_id', models.CharField(blank=True, max_length=32)),
-                ('backend', models.CharField(blank=True, max_length=40)),
-                ('execution_count', models.PositiveIntegerField(blank=True, null=True)),
-                ('error_code', models.CharField(blank=True, max_length=40)),
-                ('error_name', models.CharField(blank=True, max_length=200)),
-                ('error_value', models.TextField(blank=True)),
-                ('cancel_requested_at', models.DateTimeField(blank=True, null=True)),
-                ('cancel_reason', models.CharField(blank=True, max_length=200)),
-                ('heartbeat_at', models.DateTimeField(blank=True, help_text="The runner's sign of life.", null=True)),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('started_at', models.DateTimeField(blank=True, null=True)),
-                ('running_at', models.DateTimeField(blank=True, null=True)),
-                ('ended_at', models.DateTimeField(blank=True, null=True)),
-                ('cpu_us', models.BigIntegerField(blank=True, null=True)),
-                ('peak_memory_bytes', models.BigIntegerField(blank=True, null=True)),
-                ('output_bytes', models.BigIntegerField(default=0)),
-                ('cost_nano_usd', models.BigIntegerField(blank=True, null=True)),
-                ('actor', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to=settings.AUTH_USER_MODEL)),
-                ('agent', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to='executions.agent')),
-                ('key', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to='executions.apikey')),
-                ('parent', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='children', to='executions.execution')),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="exe", primary_key=True, serialize=False
+                    ),
+                ),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[
+                            ("queued", "Queued"),
+                            ("starting", "Starting"),
+                            ("running", "Running"),
+                            ("succeeded", "Succeeded"),
+                            ("failed", "Failed"),
+                            ("timed_out", "Timed Out"),
+                            ("cancelled", "Cancelled"),
+                            ("errored", "Errored"),
+                        ],
+                        default="queued",
+                        editable=False,
+                        max_length=10,
+                    ),
+                ),
+                ("language", models.CharField(default="python", max_length=12)),
+                ("code", models.TextField()),
+                ("code_sha256", models.CharField(max_length=64)),
+                ("context", models.CharField(blank=True, max_length=64)),
+                ("command", models.BooleanField(default=False, help_text="A command line for bash instead of a cell.")),
+                ("env", models.JSONField(blank=True, default=dict)),
+                (
+                    "files",
+                    models.JSONField(
+                        blank=True, default=dict, help_text="Written before the code runs: path to base64."
+                    ),
+                ),
+                ("timeout_seconds", models.PositiveIntegerField(default=60)),
+                ("route", models.JSONField(default=list, help_text="The backends that may run it, in order.")),
+                ("cancel_on_disconnect", models.BooleanField(default=False)),
+                ("user", models.CharField(blank=True, help_text="The caller's own end user.", max_length=200)),
+                ("workflow", models.CharField(blank=True, max_length=100)),
+                ("step", models.CharField(blank=True, max_length=100)),
+                ("metadata", models.JSONField(blank=True, default=dict)),
+                ("door", models.CharField(blank=True, help_text="rest, mcp, console or gateway.", max_length=10)),
+                ("ip", models.GenericIPAddressField(blank=True, null=True)),
+                ("request_id", models.CharField(blank=True, max_length=40)),
+                ("trace_id", models.CharField(blank=True, max_length=32)),
+                ("backend", models.CharField(blank=True, max_length=40)),
+                ("execution_count", models.PositiveIntegerField(blank=True, null=True)),
+                ("error_code", models.CharField(blank=True, max_length=40)),
+                ("error_name", models.CharField(blank=True, max_length=200)),
+                ("error_value", models.TextField(blank=True)),
+                ("cancel_requested_at", models.DateTimeField(blank=True, null=True)),
+                ("cancel_reason", models.CharField(blank=True, max_length=200)),
+                ("heartbeat_at", models.DateTimeField(blank=True, help_text="The runner's sign of life.", null=True)),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                ("started_at", models.DateTimeField(blank=True, null=True)),
+                ("running_at", models.DateTimeField(blank=True, null=True)),
+                ("ended_at", models.DateTimeField(blank=True, null=True)),
+                ("cpu_us", models.BigIntegerField(blank=True, null=True)),
+                ("peak_memory_bytes", models.BigIntegerField(blank=True, null=True)),
+                ("output_bytes", models.BigIntegerField(default=0)),
+                ("cost_nano_usd", models.BigIntegerField(blank=True, null=True)),
+                (
+                    "actor",
+                    models.ForeignKey(
+                        blank=True,
+                        db_index=False,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="executions",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="executions",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        blank=True,
+                        db_index=False,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="executions",
+                        to="executions.apikey",
+                    ),
+                ),
+                (
+                    "parent",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="children",
+                        to="executions.execution",
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Artifact',
+            name="Artifact",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='art', primary_key=True, serialize=False)),
-                ('name', models.CharField(max_length=255)),
-                ('mime', models.CharField(max_length=100)),
-                ('size_bytes', models.BigIntegerField()),
-                ('sha256', models.CharField(max_length=64)),
-                ('content', models.BinaryField()),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('execution', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='artifacts', to='executions.execution')),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="art", primary_key=True, serialize=False
+                    ),
+                ),
+                ("name", models.CharField(max_length=255)),
+                ("mime", models.CharField(max_length=100)),
+                ("size_bytes", models.BigIntegerField()),
+                ("sha256", models.CharField(max_length=64)),
+                ("content", models.BinaryField()),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="artifacts", to="executions.execution"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Quota',
+            name="Quota",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('unit', models.CharField(choices=[('executions', 'Executions'), ('concurrent_executions', 'Concurrent Executions'), ('concurrent_sandboxes', 'Concurrent Sandboxes'), ('nano_usd', 'Nano Usd')], max_length=24)),
-                ('window', models.CharField(choices=[('minute', 'Minute'), ('hour', 'Hour'), ('day', 'Day'), ('month', 'Month'), ('total', 'Total')], default='total', max_length=8)),
-                ('limit', models.BigIntegerField(help_text='Nano-dollars for a budget: 5000000000 is $5.')),
-                ('used', models.BigIntegerField(default=0, editable=False)),
-                ('reserved', models.BigIntegerField(default=0, editable=False)),
-                ('window_started_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('agent', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='quotas', to='executions.agent')),
-                ('key', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='quotas', to='executions.apikey')),
-                ('team', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='quotas', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                (
+                    "unit",
+                    models.CharField(
+                        choices=[
+                            ("executions", "Executions"),
+                            ("concurrent_executions", "Concurrent Executions"),
+                            ("concurrent_sandboxes", "Concurrent Sandboxes"),
+                            ("nano_usd", "Nano Usd"),
+                        ],
+                        max_length=24,
+                    ),
+                ),
+                (
+                    "window",
+                    models.CharField(
+                        choices=[
+                            ("minute", "Minute"),
+                            ("hour", "Hour"),
+                            ("day", "Day"),
+                            ("month", "Month"),
+                            ("total", "Total"),
+                        ],
+                        default="total",
+                        max_length=8,
+                    ),
+                ),
+                ("limit", models.BigIntegerField(help_text="Nano-dollars for a budget: 5000000000 is $5.")),
+                ("used", models.BigIntegerField(default=0, editable=False)),
+                ("reserved", models.BigIntegerField(default=0, editable=False)),
+                ("window_started_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="quotas",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="quotas",
+                        to="executions.apikey",
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="quotas",
+                        to="executions.team",
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Rate',
+            name="Rate",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('backend', models.CharField(help_text='An alias of settings.SANDBOXES.', max_length=40)),
-                ('meter', models.CharField(choices=[('vcpu_second', 'vCPU-second'), ('gib_second', 'GiB-second of memory')], max_length=12)),
-                ('nano_usd', models.BigIntegerField()),
-                ('valid_from', models.DateTimeField(default=django.utils.timezone.now)),
-                ('valid_to', models.DateTimeField(blank=True, null=True)),
-                ('source', models.CharField(blank=True, help_text='Where the price was published.', max_length=200)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("backend", models.CharField(help_text="An alias of settings.SANDBOXES.", max_length=40)),
+                (
+                    "meter",
+                    models.CharField(
+                        choices=[("vcpu_second", "vCPU-second"), ("gib_second", "GiB-second of memory")], max_length=12
+                    ),
+                ),
+                ("nano_usd", models.BigIntegerField()),
+                ("valid_from", models.DateTimeField(default=django.utils.timezone.now)),
+                ("valid_to", models.DateTimeField(blank=True, null=True)),
+                ("source", models.CharField(blank=True, help_text="Where the price was published.", max_length=200)),
             ],
             options={
-                'constraints': [models.CheckConstraint(condition=models.Q(('nano_usd__gte', 0)), name='rate_not_negative')],
+                "constraints": [
+                    models.CheckConstraint(condition=models.Q(("nano_usd__gte", 0)), name="rate_not_negative")
+                ],
             },
         ),
         migrations.CreateModel(
-            name='Sandbox',
+            name="Sandbox",
             fields=[
-                ('id', executions.models.base.IdField(editable=False, max_length=32, prefix='sbx', primary_key=True, serialize=False)),
-                ('backend', models.CharField(max_length=40)),
-                ('isolation', models.CharField(default='none', max_length=12)),
-                ('handle', models.JSONField(blank=True, editable=False, null=True)),
-                ('state', models.CharField(choices=[('booting', 'Booting'), ('idle', 'Idle'), ('leased', 'Leased'), ('paused', 'Paused'), ('retiring', 'Retiring'), ('gone', 'Gone')], default='booting', editable=False, max_length=10)),
-                ('kept', models.BooleanField(default=False, help_text='A session: state persists between executions.')),
-                ('name', models.CharField(blank=True, max_length=100)),
-                ('metadata', models.JSONField(blank=True, default=dict)),
-                ('env', models.JSONField(blank=True, default=dict)),
-                ('cpu_count', models.PositiveSmallIntegerField(default=1)),
-                ('memory_mib', models.PositiveIntegerField(default=512)),
-                ('idle_timeout_seconds', models.PositiveIntegerField(default=300)),
-                ('leased_until', models.DateTimeField(help_text="Its absolute end; the provider's own timeout is never later.")),
-                ('last_used_at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('reserved_nano_usd', models.BigIntegerField(default=0, help_text='What it may still cost, set aside.')),
-                ('reserved_on', models.JSONField(blank=True, default=list, help_text='The budgets that hold the reservation.')),
-                ('spent_nano_usd', models.BigIntegerField(default=0)),
-                ('metered_until', models.DateTimeField(blank=True, help_text='Up to here its time is in the ledger.', null=True)),
-                ('rate_nano_usd_per_second', models.BigIntegerField(default=0)),
-                ('end_reason', models.CharField(blank=True, choices=[('finished', 'Finished'), ('idle', 'Idle'), ('expired', 'Expired'), ('killed', 'Killed'), ('evicted', 'Evicted'), ('budget', 'Budget'), ('quota', 'Quota'), ('lost', 'Lost'), ('outage', 'Outage'), ('shutdown', 'Shutdown')], max_length=10)),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('ready_at', models.DateTimeField(blank=True, null=True)),
-                ('ended_at', models.DateTimeField(blank=True, null=True)),
-                ('actor', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to=settings.AUTH_USER_MODEL)),
-                ('agent', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='sandboxes', to='executions.agent')),
-                ('key', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.apikey')),
-                ('team', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='sandboxes', to='executions.team')),
+                (
+                    "id",
+                    executions.models.base.IdField(
+                        editable=False, max_length=32, prefix="sbx", primary_key=True, serialize=False
+                    ),
+                ),
+                ("backend", models.CharField(max_length=40)),
+                ("isolation", models.CharField(default="none", max_length=12)),
+                ("handle", models.JSONField(blank=True, editable=False, null=True)),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[
+                            ("booting", "Booting"),
+                            ("idle", "Idle"),
+                            ("leased", "Leased"),
+                            ("paused", "Paused"),
+                            ("retiring", "Retiring"),
+                            ("gone", "Gone"),
+                        ],
+                        default="booting",
+                        editable=False,
+                        max_length=10,
+                    ),
+                ),
+                ("kept", models.BooleanField(default=False, help_text="A session: state persists between executions.")),
+                ("name", models.CharField(blank=True, max_length=100)),
+                ("metadata", models.JSONField(blank=True, default=dict)),
+                ("env", models.JSONField(blank=True, default=dict)),
+                ("cpu_count", models.PositiveSmallIntegerField(default=1)),
+                ("memory_mib", models.PositiveIntegerField(default=512)),
+                ("idle_timeout_seconds", models.PositiveIntegerField(default=300)),
+                (
+                    "leased_until",
+                    models.DateTimeField(help_text="Its absolute end; the provider's own timeout is never later."),
+                ),
+                ("last_used_at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "reserved_nano_usd",
+                    models.BigIntegerField(default=0, help_text="What it may still cost, set aside."),
+                ),
+                (
+                    "reserved_on",
+                    models.JSONField(blank=True, default=list, help_text="The budgets that hold the reservation."),
+                ),
+                ("spent_nano_usd", models.BigIntegerField(default=0)),
+                (
+                    "metered_until",
+                    models.DateTimeField(blank=True, help_text="Up to here its time is in the ledger.", null=True),
+                ),
+                ("rate_nano_usd_per_second", models.BigIntegerField(default=0)),
+                (
+                    "end_reason",
+                    models.CharField(
+                        blank=True,
+                        choices=[
+                            ("finished", "Finished"),
+                            ("idle", "Idle"),
+                            ("expired", "Expired"),
+                            ("killed", "Killed"),
+                            ("evicted", "Evicted"),
+                            ("budget", "Budget"),
+                            ("quota", "Quota"),
+                            ("lost", "Lost"),
+                            ("outage", "Outage"),
+                            ("shutdown", "Shutdown"),
+                        ],
+                        max_length=10,
+                    ),
+                ),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                ("ready_at", models.DateTimeField(blank=True, null=True)),
+                ("ended_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "actor",
+                    models.ForeignKey(
+                        blank=True,
+                        db_index=False,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="sandboxes",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        blank=True,
+                        db_index=False,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to="executions.apikey",
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="sandboxes",
+                        to="executions.team",
+                    ),
+                ),
             ],
             options={
-                'verbose_name_plural': 'sandboxes',
+                "verbose_name_plural": "sandboxes",
             },
         ),
         migrations.AddField(
-            model_name='execution',
-            name='sandbox',
-            field=models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to='executions.sandbox'),
+            model_name="execution",
+            name="sandbox",
+            field=models.ForeignKey(
+                blank=True,
+                db_index=False,
+                null=True,
+                on_delete=django.db.models.deletion.PROTECT,
+                related_name="executions",
+                to="executions.sandbox",
+            ),
         ),
         migrations.CreateModel(
-            name='SignInLink',
+            name="SignInLink",
             fields=[
-                ('digest', models.CharField(max_length=64, primary_key=True, serialize=False)),
-                ('expires_at', models.DateTimeField()),
-                ('used_at', models.DateTimeField(blank=True, null=True)),
-                ('user', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='+', to=settings.AUTH_USER_MODEL)),
+                ("digest", models.CharField(max_length=64, primary_key=True, serialize=False)),
+                ("expires_at", models.DateTimeField()),
+                ("used_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "user",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="+", to=settings.AUTH_USER_MODEL
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Refusal',
+            name="Refusal",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('code', models.CharField(max_length=40)),
-                ('detail', models.CharField(max_length=500)),
-                ('facts', models.JSONField(default=dict)),
-                ('roll', models.CharField(editable=False, help_text='Hash of who, code and hour.', max_length=64, unique=True)),
-                ('times', models.PositiveIntegerField(default=1)),
-                ('first_at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('last_at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('actor', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='+', to=settings.AUTH_USER_MODEL)),
-                ('agent', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='refusals', to='executions.agent')),
-                ('key', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='refusals', to='executions.apikey')),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='refusals', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("code", models.CharField(max_length=40)),
+                ("detail", models.CharField(max_length=500)),
+                ("facts", models.JSONField(default=dict)),
+                (
+                    "roll",
+                    models.CharField(
+                        editable=False, help_text="Hash of who, code and hour.", max_length=64, unique=True
+                    ),
+                ),
+                ("times", models.PositiveIntegerField(default=1)),
+                ("first_at", models.DateTimeField(default=django.utils.timezone.now)),
+                ("last_at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "actor",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="+",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="refusals",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="refusals",
+                        to="executions.apikey",
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="refusals", to="executions.team"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Package',
+            name="Package",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(max_length=200)),
-                ('version', models.CharField(blank=True, max_length=100)),
-                ('sha256', models.CharField(blank=True, max_length=64)),
-                ('size_bytes', models.BigIntegerField(null=True)),
-                ('verdict', models.CharField(choices=[('allowed', 'Allowed'), ('denied', 'Denied'), ('pending', 'Pending')], max_length=8)),
-                ('reason', models.CharField(blank=True, max_length=300)),
-                ('requested', models.BooleanField(default=True, help_text='Asked for by name, not pulled in by another.')),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('actor', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to=settings.AUTH_USER_MODEL)),
-                ('agent', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='installed', to='executions.agent')),
-                ('key', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.apikey')),
-                ('sandbox', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='packages', to='executions.sandbox')),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='packages', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("name", models.CharField(max_length=200)),
+                ("version", models.CharField(blank=True, max_length=100)),
+                ("sha256", models.CharField(blank=True, max_length=64)),
+                ("size_bytes", models.BigIntegerField(null=True)),
+                (
+                    "verdict",
+                    models.CharField(
+                        choices=[("allowed", "Allowed"), ("denied", "Denied"), ("pending", "Pending")], max_length=8
+                    ),
+                ),
+                ("reason", models.CharField(blank=True, max_length=300)),
+                (
+                    "requested",
+                    models.BooleanField(default=True, help_text="Asked for by name, not pulled in by another."),
+                ),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "actor",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="installed", to="executions.agent"
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        null=True, on_delete=django.db.models.deletion.PROTECT, related_name="+", to="executions.apikey"
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="packages",
+                        to="executions.sandbox",
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="packages", to="executions.team"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Membership',
+            name="Membership",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('role', models.CharField(choices=[('owner', 'Owner'), ('operator', 'Operator'), ('developer', 'Developer'), ('viewer', 'Viewer'), ('auditor', 'Auditor')], default='developer', max_length=12)),
-                ('user', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='memberships', to=settings.AUTH_USER_MODEL)),
-                ('team', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='memberships', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                (
+                    "role",
+                    models.CharField(
+                        choices=[
+                            ("owner", "Owner"),
+                            ("operator", "Operator"),
+                            ("developer", "Developer"),
+                            ("viewer", "Viewer"),
+                            ("auditor", "Auditor"),
+                        ],
+                        default="developer",
+                        max_length=12,
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="memberships",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="memberships", to="executions.team"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='LedgerEntry',
+            name="LedgerEntry",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('kind', models.CharField(choices=[('reserve', 'reserve'), ('release', 'release'), ('spend', 'spend')], max_length=8)),
-                ('amount_nano_usd', models.BigIntegerField()),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('execution', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='ledger', to='executions.execution')),
-                ('quota', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='entries', to='executions.quota')),
-                ('sandbox', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='ledger', to='executions.sandbox')),
-                ('team', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[("reserve", "reserve"), ("release", "release"), ("spend", "spend")], max_length=8
+                    ),
+                ),
+                ("amount_nano_usd", models.BigIntegerField()),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="ledger",
+                        to="executions.execution",
+                    ),
+                ),
+                (
+                    "quota",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.SET_NULL,
+                        related_name="entries",
+                        to="executions.quota",
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="ledger", to="executions.sandbox"
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to="executions.team",
+                    ),
+                ),
             ],
             options={
-                'verbose_name_plural': 'ledger entries',
+                "verbose_name_plural": "ledger entries",
             },
         ),
         migrations.AddField(
-            model_name='execution',
-            name='team',
-            field=models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='executions', to='executions.team'),
+            model_name="execution",
+            name="team",
+            field=models.ForeignKey(
+                db_index=False,
+                on_delete=django.db.models.deletion.PROTECT,
+                related_name="executions",
+                to="executions.team",
+            ),
         ),
         migrations.CreateModel(
-            name='AuditEvent',
+            name="AuditEvent",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('action', models.CharField(max_length=40)),
-                ('subject', models.CharField(blank=True, max_length=80)),
-                ('before', models.JSONField(null=True)),
-                ('after', models.JSONField(null=True)),
-                ('reason', models.CharField(blank=True, max_length=200)),
-                ('ip', models.GenericIPAddressField(null=True)),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('actor', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to=settings.AUTH_USER_MODEL)),
-                ('key', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.apikey')),
-                ('team', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("action", models.CharField(max_length=40)),
+                ("subject", models.CharField(blank=True, max_length=80)),
+                ("before", models.JSONField(null=True)),
+                ("after", models.JSONField(null=True)),
+                ("reason", models.CharField(blank=True, max_length=200)),
+                ("ip", models.GenericIPAddressField(null=True)),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "actor",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "key",
+                    models.ForeignKey(
+                        null=True, on_delete=django.db.models.deletion.PROTECT, related_name="+", to="executions.apikey"
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        null=True, on_delete=django.db.models.deletion.PROTECT, related_name="+", to="executions.team"
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Template',
+            name="Template",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.SlugField(max_length=64, unique=True)),
-                ('description', models.CharField(blank=True, max_length=300)),
-                ('languages', models.JSONField(blank=True, default=list)),
-                ('cpu_count', models.PositiveSmallIntegerField(default=1)),
-                ('memory_mib', models.PositiveIntegerField(default=512)),
-                ('disk_mib', models.PositiveIntegerField(default=512)),
-                ('env', models.JSONField(blank=True, default=dict, help_text='Environment variables of every sandbox; never secrets.')),
-                ('e2b_template', models.CharField(blank=True, help_text="E2B's id; empty: code-interpreter-v1.", max_length=100)),
-                ('is_active', models.BooleanField(default=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("name", models.SlugField(max_length=64, unique=True)),
+                ("description", models.CharField(blank=True, max_length=300)),
+                ("languages", models.JSONField(blank=True, default=list)),
+                ("cpu_count", models.PositiveSmallIntegerField(default=1)),
+                ("memory_mib", models.PositiveIntegerField(default=512)),
+                ("disk_mib", models.PositiveIntegerField(default=512)),
+                (
+                    "env",
+                    models.JSONField(
+                        blank=True, default=dict, help_text="Environment variables of every sandbox; never secrets."
+                    ),
+                ),
+                (
+                    "e2b_template",
+                    models.CharField(blank=True, help_text="E2B's id; empty: code-interpreter-v1.", max_length=100),
+                ),
+                ("is_active", models.BooleanField(default=True)),
             ],
             options={
-                'constraints': [models.CheckConstraint(condition=models.Q(('cpu_count__gte', 1), ('disk_mib__gte', 16), ('memory_mib__gte', 64)), name='template_sizes_sane')],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(("cpu_count__gte", 1), ("disk_mib__gte", 16), ("memory_mib__gte", 64)),
+                        name="template_sizes_sane",
+                    )
+                ],
             },
         ),
         migrations.AddField(
-            model_name='sandbox',
-            name='template',
-            field=models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.template'),
+            model_name="sandbox",
+            name="template",
+            field=models.ForeignKey(
+                db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name="+", to="executions.template"
+            ),
         ),
         migrations.AddField(
-            model_name='agent',
-            name='template',
-            field=models.ForeignKey(blank=True, help_text='What its sandboxes are made from.', null=True, on_delete=django.db.models.deletion.PROTECT, to='executions.template'),
+            model_name="agent",
+            name="template",
+            field=models.ForeignKey(
+                blank=True,
+                help_text="What its sandboxes are made from.",
+                null=True,
+                on_delete=django.db.models.deletion.PROTECT,
+                to="executions.template",
+            ),
         ),
         migrations.CreateModel(
-            name='Transition',
+            name="Transition",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('before', models.CharField(blank=True, max_length=10)),
-                ('after', models.CharField(max_length=10)),
-                ('reason', models.CharField(blank=True, max_length=200)),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('execution', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='transitions', to='executions.execution')),
-                ('sandbox', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='transitions', to='executions.sandbox')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("before", models.CharField(blank=True, max_length=10)),
+                ("after", models.CharField(max_length=10)),
+                ("reason", models.CharField(blank=True, max_length=200)),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="transitions",
+                        to="executions.execution",
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="transitions",
+                        to="executions.sandbox",
+                    ),
+                ),
             ],
         ),
         migrations.CreateModel(
-            name='Usage',
+            name="Usage",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('backend', models.CharField(max_length=40)),
-                ('kind', models.CharField(choices=[('run', 'run'), ('boot', 'boot'), ('idle', 'idle')], max_length=4)),
-                ('duration_us', models.BigIntegerField()),
-                ('rate_nano_usd_per_second', models.BigIntegerField()),
-                ('cost_nano_usd', models.BigIntegerField()),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('agent', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.agent')),
-                ('execution', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='usage', to='executions.execution')),
-                ('sandbox', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='usage', to='executions.sandbox')),
-                ('team', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='+', to='executions.team')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("backend", models.CharField(max_length=40)),
+                ("kind", models.CharField(choices=[("run", "run"), ("boot", "boot"), ("idle", "idle")], max_length=4)),
+                ("duration_us", models.BigIntegerField()),
+                ("rate_nano_usd_per_second", models.BigIntegerField()),
+                ("cost_nano_usd", models.BigIntegerField()),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to="executions.agent",
+                    ),
+                ),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="usage",
+                        to="executions.execution",
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="usage", to="executions.sandbox"
+                    ),
+                ),
+                (
+                    "team",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="+",
+                        to="executions.team",
+                    ),
+                ),
             ],
             options={
-                'verbose_name_plural': 'usage',
+                "verbose_name_plural": "usage",
             },
         ),
         migrations.CreateModel(
-            name='Event',
+            name="Event",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('seq', models.PositiveIntegerField()),
-                ('kind', models.CharField(choices=[('stdout', 'Stdout'), ('stderr', 'Stderr'), ('result', 'Result'), ('error', 'Error'), ('state', 'State'), ('truncated', 'Truncated')], max_length=10)),
-                ('data', models.JSONField(default=dict)),
-                ('at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('execution', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='events', to='executions.execution')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("seq", models.PositiveIntegerField()),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[
+                            ("stdout", "Stdout"),
+                            ("stderr", "Stderr"),
+                            ("result", "Result"),
+                            ("error", "Error"),
+                            ("state", "State"),
+                            ("truncated", "Truncated"),
+                        ],
+                        max_length=10,
+                    ),
+                ),
+                ("data", models.JSONField(default=dict)),
+                ("at", models.DateTimeField(default=django.utils.timezone.now)),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="events",
+                        to="executions.execution",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['execution', 'seq'],
-                'constraints': [models.UniqueConstraint(fields=('execution', 'seq'), name='event_seq_once')],
+                "ordering": ["execution", "seq"],
+                "constraints": [models.UniqueConstraint(fields=("execution", "seq"), name="event_seq_once")],
             },
         ),
         migrations.CreateModel(
-            name='IdempotencyRecord',
+            name="IdempotencyRecord",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('token', models.CharField(max_length=255)),
-                ('fingerprint', models.CharField(max_length=64)),
-                ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
-                ('agent', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='+', to='executions.agent')),
-                ('execution', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='+', to='executions.execution')),
-                ('sandbox', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='+', to='executions.sandbox')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("token", models.CharField(max_length=255)),
+                ("fingerprint", models.CharField(max_length=64)),
+                ("created_at", models.DateTimeField(default=django.utils.timezone.now, editable=False)),
+                (
+                    "agent",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="+", to="executions.agent"
+                    ),
+                ),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="+",
+                        to="executions.execution",
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="+",
+                        to="executions.sandbox",
+                    ),
+                ),
             ],
             options={
-                'constraints': [models.UniqueConstraint(fields=('agent', 'token'), name='idempotency_once')],
+                "constraints": [models.UniqueConstraint(fields=("agent", "token"), name="idempotency_once")],
             },
         ),
         migrations.CreateModel(
-            name='Attempt',
+            name="Attempt",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('number', models.PositiveSmallIntegerField()),
-                ('backend', models.CharField(max_length=40)),
-                ('outcome', models.CharField(choices=[('open', 'Open'), ('ran', 'Ran'), ('skipped', 'Skipped'), ('unavailable', 'Unavailable'), ('lost', 'Lost')], default='open', max_length=12)),
-                ('code', models.CharField(blank=True, max_length=40)),
-                ('reason', models.CharField(blank=True, max_length=500)),
-                ('started_at', models.DateTimeField(default=django.utils.timezone.now)),
-                ('ended_at', models.DateTimeField(blank=True, null=True)),
-                ('execution', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='executions.execution')),
-                ('sandbox', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.PROTECT, related_name='attempts', to='executions.sandbox')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("number", models.PositiveSmallIntegerField()),
+                ("backend", models.CharField(max_length=40)),
+                (
+                    "outcome",
+                    models.CharField(
+                        choices=[
+                            ("open", "Open"),
+                            ("ran", "Ran"),
+                            ("skipped", "Skipped"),
+                            ("unavailable", "Unavailable"),
+                            ("lost", "Lost"),
+                        ],
+                        default="open",
+                        max_length=12,
+                    ),
+                ),
+                ("code", models.CharField(blank=True, max_length=40)),
+                ("reason", models.CharField(blank=True, max_length=500)),
+                ("started_at", models.DateTimeField(default=django.utils.timezone.now)),
+                ("ended_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "execution",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="attempts",
+                        to="executions.execution",
+                    ),
+                ),
+                (
+                    "sandbox",
+                    models.ForeignKey(
+                        blank=True,
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="attempts",
+                        to="executions.sandbox",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['execution', 'number'],
-                'constraints': [models.UniqueConstraint(fields=('execution', 'number'), name='attempt_number_once')],
+                "ordering": ["execution", "number"],
+                "constraints": [models.UniqueConstraint(fields=("execution", "number"), name="attempt_number_once")],
             },
         ),
         migrations.AddConstraint(
-            model_name='quota',
-            constraint=models.CheckConstraint(condition=models.Q(('unit__in', ['executions', 'concurrent_executions', 'concurrent_sandboxes', 'nano_usd'])), name='quota_unit_known'),
+            model_name="quota",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("unit__in", ["executions", "concurrent_executions", "concurrent_sandboxes", "nano_usd"])
+                ),
+                name="quota_unit_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='quota',
-            constraint=models.CheckConstraint(condition=models.Q(('window__in', ['minute', 'hour', 'day', 'month', 'total'])), name='quota_window_known'),
+            model_name="quota",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("window__in", ["minute", "hour", "day", "month", "total"])),
+                name="quota_window_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='quota',
-            constraint=models.CheckConstraint(condition=models.Q(('limit__gte', 0), ('reserved__gte', 0), ('used__gte', 0)), name='quota_not_negative'),
+            model_name="quota",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("limit__gte", 0), ("reserved__gte", 0), ("used__gte", 0)), name="quota_not_negative"
+            ),
         ),
         migrations.AddIndex(
-            model_name='package',
-            index=models.Index(fields=['name', 'version'], name='package_by_version'),
+            model_name="package",
+            index=models.Index(fields=["name", "version"], name="package_by_version"),
         ),
         migrations.AddConstraint(
-            model_name='membership',
-            constraint=models.UniqueConstraint(fields=('team', 'user'), name='membership_once'),
+            model_name="membership",
+            constraint=models.UniqueConstraint(fields=("team", "user"), name="membership_once"),
         ),
         migrations.AddConstraint(
-            model_name='membership',
-            constraint=models.CheckConstraint(condition=models.Q(('role__in', ['owner', 'operator', 'developer', 'viewer', 'auditor'])), name='membership_role_known'),
+            model_name="membership",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("role__in", ["owner", "operator", "developer", "viewer", "auditor"])),
+                name="membership_role_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='ledgerentry',
-            constraint=models.CheckConstraint(condition=models.Q(('amount_nano_usd__gte', 0)), name='ledger_not_negative'),
+            model_name="ledgerentry",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("amount_nano_usd__gte", 0)), name="ledger_not_negative"
+            ),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['team', 'ended_at'], name='execution_open_of_team'),
+            model_name="execution",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)),
+                fields=["team", "ended_at"],
+                name="execution_open_of_team",
+            ),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['agent', 'ended_at'], name='execution_open_of_agent'),
+            model_name="execution",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)),
+                fields=["agent", "ended_at"],
+                name="execution_open_of_agent",
+            ),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['key', 'ended_at'], name='execution_open_of_key'),
+            model_name="execution",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)), fields=["key", "ended_at"], name="execution_open_of_key"
+            ),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(fields=['agent', '-created_at'], name='execution_of_agent'),
+            model_name="execution",
+            index=models.Index(fields=["agent", "-created_at"], name="execution_of_agent"),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['heartbeat_at'], name='execution_open'),
+            model_name="execution",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)), fields=["heartbeat_at"], name="execution_open"
+            ),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(fields=['team', '-created_at', '-id'], name='execution_of_team'),
+            model_name="execution",
+            index=models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(fields=['sandbox', 'created_at'], name='execution_in_sandbox'),
+            model_name="execution",
+            index=models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
         ),
         migrations.AddIndex(
-            model_name='execution',
-            index=models.Index(condition=models.Q(('workflow', ''), _negated=True), fields=['team', 'workflow'], name='execution_in_workflow'),
+            model_name="execution",
+            index=models.Index(
+                condition=models.Q(("workflow", ""), _negated=True),
+                fields=["team", "workflow"],
+                name="execution_in_workflow",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='execution',
-            constraint=models.CheckConstraint(condition=models.Q(('state__in', ['queued', 'starting', 'running', 'succeeded', 'failed', 'timed_out', 'cancelled', 'errored'])), name='execution_state_known'),
+            model_name="execution",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    (
+                        "state__in",
+                        ["queued", "starting", "running", "succeeded", "failed", "timed_out", "cancelled", "errored"],
+                    )
+                ),
+                name="execution_state_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='execution',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('ended_at__isnull', False), ('state__in', ['cancelled', 'errored', 'failed', 'succeeded', 'timed_out'])), models.Q(models.Q(('state__in', ['cancelled', 'errored', 'failed', 'succeeded', 'timed_out']), _negated=True), ('ended_at__isnull', True)), _connector='OR'), name='execution_ended_has_end'),
+            model_name="execution",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    models.Q(
+                        ("ended_at__isnull", False),
+                        ("state__in", ["cancelled", "errored", "failed", "succeeded", "timed_out"]),
+                    ),
+                    models.Q(
+                        models.Q(
+                            ("state__in", ["cancelled", "errored", "failed", "succeeded", "timed_out"]), _negated=True
+                        ),
+                        ("ended_at__isnull", True),
+                    ),
+                    _connector="OR",
+                ),
+                name="execution_ended_has_end",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='execution',
-            constraint=models.CheckConstraint(condition=models.Q(('timeout_seconds__gte', 1)), name='execution_timeout_positive'),
+            model_name="execution",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("timeout_seconds__gte", 1)), name="execution_timeout_positive"
+            ),
         ),
         migrations.AddIndex(
-            model_name='sandbox',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['leased_until'], name='sandbox_open'),
+            model_name="sandbox",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)), fields=["leased_until"], name="sandbox_open"
+            ),
         ),
         migrations.AddIndex(
-            model_name='sandbox',
-            index=models.Index(fields=['team', '-created_at'], name='sandbox_of_team'),
+            model_name="sandbox",
+            index=models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
         ),
         migrations.AddIndex(
-            model_name='sandbox',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['team', 'ended_at'], name='sandbox_open_of_team'),
+            model_name="sandbox",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)), fields=["team", "ended_at"], name="sandbox_open_of_team"
+            ),
         ),
         migrations.AddIndex(
-            model_name='sandbox',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['agent', 'ended_at'], name='sandbox_open_of_agent'),
+            model_name="sandbox",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)),
+                fields=["agent", "ended_at"],
+                name="sandbox_open_of_agent",
+            ),
         ),
         migrations.AddIndex(
-            model_name='sandbox',
-            index=models.Index(condition=models.Q(('ended_at__isnull', True)), fields=['key', 'ended_at'], name='sandbox_open_of_key'),
+            model_name="sandbox",
+            index=models.Index(
+                condition=models.Q(("ended_at__isnull", True)), fields=["key", "ended_at"], name="sandbox_open_of_key"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='sandbox',
-            constraint=models.CheckConstraint(condition=models.Q(('state__in', ['booting', 'idle', 'leased', 'paused', 'retiring', 'gone'])), name='sandbox_state_known'),
+            model_name="sandbox",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("state__in", ["booting", "idle", "leased", "paused", "retiring", "gone"])),
+                name="sandbox_state_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='sandbox',
-            constraint=models.CheckConstraint(condition=models.Q(('reserved_nano_usd__gte', 0)), name='sandbox_reserved_not_negative'),
+            model_name="sandbox",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("reserved_nano_usd__gte", 0)), name="sandbox_reserved_not_negative"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='sandbox',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('ended_at__isnull', False), ('state', 'gone')), models.Q(models.Q(('state', 'gone'), _negated=True), ('ended_at__isnull', True)), _connector='OR'), name='sandbox_gone_has_end'),
+            model_name="sandbox",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    models.Q(("ended_at__isnull", False), ("state", "gone")),
+                    models.Q(models.Q(("state", "gone"), _negated=True), ("ended_at__isnull", True)),
+                    _connector="OR",
+                ),
+                name="sandbox_gone_has_end",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='agent',
-            constraint=models.UniqueConstraint(fields=('team', 'name'), name='agent_name_once_in_team'),
+            model_name="agent",
+            constraint=models.UniqueConstraint(fields=("team", "name"), name="agent_name_once_in_team"),
         ),
         migrations.AddConstraint(
-            model_name='agent',
-            constraint=models.UniqueConstraint(condition=models.Q(('person__isnull', False)), fields=('team', 'person'), name='agent_personal_once'),
+            model_name="agent",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("person__isnull", False)), fields=("team", "person"), name="agent_personal_once"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='agent',
-            constraint=models.CheckConstraint(condition=models.Q(('timeout_max_seconds__gte', models.F('timeout_seconds')), ('timeout_seconds__gte', 1)), name='agent_timeouts_ordered'),
+            model_name="agent",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("timeout_max_seconds__gte", models.F("timeout_seconds")), ("timeout_seconds__gte", 1)
+                ),
+                name="agent_timeouts_ordered",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='transition',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('execution__isnull', False), ('sandbox__isnull', True)), models.Q(('execution__isnull', True), ('sandbox__isnull', False)), _connector='OR'), name='transition_of_one_row'),
+            model_name="transition",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    models.Q(("execution__isnull", False), ("sandbox__isnull", True)),
+                    models.Q(("execution__isnull", True), ("sandbox__isnull", False)),
+                    _connector="OR",
+                ),
+                name="transition_of_one_row",
+            ),
         ),
         migrations.AddIndex(
-            model_name='usage',
-            index=models.Index(fields=['at', 'team'], name='usage_by_time'),
+            model_name="usage",
+            index=models.Index(fields=["at", "team"], name="usage_by_time"),
         ),
         migrations.AddConstraint(
-            model_name='usage',
-            constraint=models.CheckConstraint(condition=models.Q(('cost_nano_usd__gte', 0), ('duration_us__gte', 0)), name='usage_not_negative'),
+            model_name="usage",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("cost_nano_usd__gte", 0), ("duration_us__gte", 0)), name="usage_not_negative"
+            ),
         ),
     ]

@@ -225,7 +225,10 @@ def test_files_are_written_read_and_listed(sandbox):
 
     assert sandbox.files.read("deep/a.txt") == "žluť"
     assert bytes(sandbox.files.read("/home/user/deep/b.bin", format="bytes")) == bytes(range(256))
-    assert [(e.name, e.type.value) for e in sandbox.files.list("/home/user/deep")] == [("a.txt", "file"), ("b.bin", "file")]
+    assert [(e.name, e.type.value) for e in sandbox.files.list("/home/user/deep")] == [
+        ("a.txt", "file"),
+        ("b.bin", "file"),
+    ]
     sandbox.files.remove("deep/a.txt")
     assert sandbox.files.exists("deep/a.txt") is False
     with pytest.raises(FileNotFoundException):

@@ -138,7 +138,13 @@ async def test_an_answer_that_breaks_off_is_never_ended_as_if_it_were_whole(said
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"HTTP/1.1 200", b"nonsense\r\n\r\n", b"HTTP/1.1 many OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000],
+    [
+        b"",
+        b"HTTP/1.1 200",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 many OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000,
+    ],
     ids=["nothing", "half", "nonsense", "no_number", "endless"],
 )
 async def test_an_answer_that_is_none_sends_nothing_to_the_client(said):

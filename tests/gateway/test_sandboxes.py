@@ -19,7 +19,9 @@ from tests.gateway.conftest import options
 
 
 def test_a_sandbox_is_made_found_and_killed(mine):
-    sandbox = Sandbox.create(timeout=60, metadata={"who": "Ada & Bob", "x__contains": "=%20"}, envs={"MARK": "1"}, **mine)
+    sandbox = Sandbox.create(
+        timeout=60, metadata={"who": "Ada & Bob", "x__contains": "=%20"}, envs={"MARK": "1"}, **mine
+    )
 
     assert sandbox.sandbox_id.isalnum()
     assert sandbox.sandbox_id == sandbox.sandbox_id.lower()
@@ -69,7 +71,9 @@ def test_lists_are_filtered_ordered_and_paged(mine):
     first, second = pages.next_items(), pages.next_items()
     newest = Sandbox.list(query=ours, **mine).next_items()
     nothing = Sandbox.list(query=SandboxQuery(metadata={"page": "three"}), **mine).next_items()
-    paused = Sandbox.list(query=SandboxQuery(metadata={"page": "one two"}, state=[SandboxState.PAUSED]), **mine).next_items()
+    paused = Sandbox.list(
+        query=SandboxQuery(metadata={"page": "one two"}, state=[SandboxState.PAUSED]), **mine
+    ).next_items()
     for sandbox in made:
         sandbox.kill()
     after = Sandbox.list(query=ours, **mine).next_items()
@@ -198,5 +202,3 @@ def test_pausing_says_that_it_is_not_there(sandbox):
         sandbox.pause()
 
     assert refused.value.status_code == 501
-
-

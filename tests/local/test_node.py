@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from executions.backends.local import LocalBackend, command
 from executions.backends.base import SandboxSpec
+from executions.backends.local import LocalBackend, command
 from executions.errors import BackendUnavailable, SandboxLost
 from tests.local.attack import ended, host_pids, run, sandbox, started, value
 from tests.node import connected_socket, listening, running_node, wait_ready
