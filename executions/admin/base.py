@@ -88,6 +88,12 @@ class Page(ModelAdmin):
         name = object_id if "_" in object_id else f"{noun(self.model)} {object_id}"
         return redirect(show.rows_of("auditevent", q=name))
 
+    def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
+        """A row's own page offers the levers that do something to it."""
+        row = self.model._base_manager.filter(pk=object_id)
+        found = super().get_actions_detail(request, object_id)
+        return [one for one in found if not hasattr(one.method, "lever") or one.method.lever.applies(row).exists()]
+
     def has_pull_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Whoever may change such rows may pull their levers, also where the rows themselves are read-only."""
         return request.user.has_perm(f"{self.opts.app_label}.change_{self.opts.model_name}")
@@ -149,7 +155,6 @@ class RecordInline(TabularInline):
 
     extra = 0
     can_delete = False
-    show_change_link = True
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False

@@ -12,8 +12,10 @@ from django.utils.safestring import SafeString
 from executions import quotas
 from executions.admin import show
 from executions.costs import usd
-from executions.models import Quota, Team
+from executions.models import Execution, Quota, Sandbox, Team
 from executions.states import Unit, Window
+
+COUNTED: dict[str, Any] = {Unit.CONCURRENT_EXECUTIONS: Execution, Unit.CONCURRENT_SANDBOXES: Sandbox}
 
 
 def with_use(found: Iterable[Quota]) -> list[Quota]:
@@ -21,7 +23,7 @@ def with_use(found: Iterable[Quota]) -> list[Quota]:
     found = list(found)
     counts = {
         unit: list(model.objects.open().values("team", "agent", "key").annotate(rows=Count("pk")))
-        for unit, model in quotas.CONCURRENT.items()
+        for unit, model in COUNTED.items()
         if any(quota.unit == unit for quota in found)
     }
     for quota in found:
@@ -61,6 +63,6 @@ def gauge(quota: Quota) -> SafeString:
 
 def what(quota: Quota) -> str:
     unit = "money" if quota.unit == Unit.NANO_USD else quota.get_unit_display().lower()
-    if quota.unit in quotas.CONCURRENT:
+    if quota.unit in COUNTED:
         return unit.replace("concurrent ", "") + " at a time"
     return f"{unit} in total" if quota.window == Window.TOTAL else f"{unit} per {quota.window}"

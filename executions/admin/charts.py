@@ -47,7 +47,9 @@ def spend(data: Table) -> dict[str, str]:
 
 def runs(data: Table) -> dict[str, str]:
     """Runs an hour, stacked by how they ended."""
-    return _stacked(data, [f"{hour:%H:%M}" for hour in data.rows], [f"--sg-{name.replace('_', '-')}" for name in data.columns], 1)
+    return _stacked(
+        data, [f"{hour:%H:%M}" for hour in data.rows], [f"--sg-{name.replace('_', '-')}" for name in data.columns], 1
+    )
 
 
 def _stacked(data: Table, labels: list[str], colours: list[str], unit: int) -> dict[str, str]:
@@ -74,7 +76,11 @@ def _stacked(data: Table, labels: list[str], colours: list[str], unit: int) -> d
         },
         "scales": {
             "x": {**scale, "grid": {"display": False}, "ticks": TICKS},
-            "y": {**scale, "beginAtZero": True, "ticks": {**TICKS, "precision": None if unit > 1 else 0, "maxTicksLimit": 5}},
+            "y": {
+                **scale,
+                "beginAtZero": True,
+                "ticks": {**TICKS, "precision": None if unit > 1 else 0, "maxTicksLimit": 5},
+            },
         },
     }
     return {"data": json.dumps({"labels": labels, "datasets": datasets}), "options": json.dumps(options)}

@@ -33,7 +33,9 @@ def midnight(day: date | None = None) -> datetime:
 class Period(forms.Form):
     first = forms.DateField(label="From", required=False, widget=UnfoldAdminTextInputWidget({"type": "date"}))
     last = forms.DateField(label="To", required=False, widget=UnfoldAdminTextInputWidget({"type": "date"}))
-    team = forms.ModelChoiceField(Team.objects.order_by("name"), required=False, empty_label="every team", widget=UnfoldAdminSelectWidget)
+    team = forms.ModelChoiceField(
+        Team.objects.order_by("name"), required=False, empty_label="every team", widget=UnfoldAdminSelectWidget
+    )
     agent = forms.ModelChoiceField(Agent.objects.none(), required=False, widget=forms.HiddenInput)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,10 +65,13 @@ def spent(period: dict[str, Any]) -> QuerySet:
 def report(request: HttpRequest, model_admin: Any) -> HttpResponse:
     if not model_admin.has_view_permission(request):
         raise PermissionDenied
-    form = Period(request.GET)
-    valid = form.is_valid()
+    typed = request.GET.copy()
+    form = Period(typed)
     today = timezone.localdate()
-    period = form.cleaned_data if valid else {"first": today - timedelta(days=DAYS - 1), "last": today}
+    period: dict[str, Any] = {"first": today - timedelta(days=DAYS - 1), "last": today}
+    if valid := form.is_valid():
+        period = form.cleaned_data
+        typed["first"], typed["last"] = period["first"].isoformat(), period["last"].isoformat()  # what is shown, named
     usage = spent(period)
     if valid and request.GET.get("format") == "csv":
         return as_csv(usage, period)
@@ -78,14 +83,10 @@ def report(request: HttpRequest, model_admin: Any) -> HttpResponse:
     total = sum(row["nano_usd"] for row in by_backend)
     query = request.GET.copy()
     query["format"] = "csv"
-    form.initial = period
     context = {
         **admin.site.each_context(request),
-        "opts": Usage._meta,
         "title": "Costs",
-        "form": form if not valid else Period({**{k: v for k, v in period.items() if k not in ("team", "agent")},
-                                               "team": getattr(period.get("team"), "pk", ""),
-                                               "agent": getattr(period.get("agent"), "pk", "")}),
+        "form": form,
         "period": period,
         "total": total,
         "days": len(days),
@@ -96,7 +97,10 @@ def report(request: HttpRequest, model_admin: Any) -> HttpResponse:
         "csv_link": f"?{query.urlencode()}",
         "zone": timezone.get_current_timezone_name(),
         "usage_link": show.rows_of("usage"),
-        "ranges": [(f"{n} days", f"?first={today - timedelta(days=n - 1)}&last={today}") for n in (1, 7, 30, 90)],
+        "ranges": [
+            ("today" if n == 1 else f"{n} days", f"?first={today - timedelta(days=n - 1)}&last={today}")
+            for n in (1, 7, 30, 90)
+        ],
     }
     return TemplateResponse(request, "admin/costs.html", context)
 

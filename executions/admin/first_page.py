@@ -62,7 +62,11 @@ def numbers(recent: Any, sandboxes: dict[str, int], now: datetime) -> list[dict[
     waiting = states.get(E.QUEUED, 0) + states.get(E.STARTING, 0)
     queued_link = show.rows_of("execution", open="yes", state__exact="queued" if states.get(E.QUEUED) else "starting")
     return [
-        {"label": "Running", "value": str(states.get(E.RUNNING, 0)), "href": show.rows_of("execution", state__exact="running")},
+        {
+            "label": "Running",
+            "value": str(states.get(E.RUNNING, 0)),
+            "href": show.rows_of("execution", state__exact="running"),
+        },
         {"label": "Waiting to run", "value": str(waiting), "href": queued_link},
         {"label": "Run time, half within", "value": show.seconds(half), "href": took, "hint": "p50 of 24 hours"},
         {"label": "Run time, 95 % within", "value": show.seconds(most), "href": took, "hint": "p95 of 24 hours"},
@@ -89,7 +93,9 @@ def percentiles(recent: Any, *parts: float) -> list[timedelta | None]:
     count = lengths.count()
     if not count:
         return [None for _ in parts]
-    ordered = lengths.annotate(length=F("ended_at") - F("running_at")).order_by("length").values_list("length", flat=True)
+    ordered = (
+        lengths.annotate(length=F("ended_at") - F("running_at")).order_by("length").values_list("length", flat=True)
+    )
     return [ordered[min(count - 1, int(count * part))] for part in parts]
 
 
@@ -99,10 +105,34 @@ def needs(retiring: int, now: datetime) -> list[dict[str, Any]]:
     overdue = filters.overdue(Sandbox.objects.all()).count()
     refused = Refusal.objects.filter(last_at__gte=now - timedelta(hours=1)).aggregate(times=Sum("times"))["times"] or 0
     found = [
-        (stale, "without a sign of life", "execution", {"open": "stuck"}, "Their runner died; the background loop closes them within seconds while it runs."),
-        (overdue, "beyond the end of the lease", "sandbox", {"open": "stuck"}, "The background loop ends them; kill them here if it does not run."),
-        (retiring, "waiting for a confirmed kill", "sandbox", {"state__exact": "retiring"}, "The backend has not said that they are gone; it is asked again."),
-        (refused, "in the last hour", "refusal", {"since": "hour"}, "Quotas, budgets and policies said no; each row says which."),
+        (
+            stale,
+            "without a sign of life",
+            "execution",
+            {"open": "stuck"},
+            "The runner died. The background loop closes them within seconds, while it runs.",
+        ),
+        (
+            overdue,
+            "beyond the end of the lease",
+            "sandbox",
+            {"open": "stuck"},
+            "The background loop ends them; kill them here when it does not run.",
+        ),
+        (
+            retiring,
+            "waiting for a confirmed kill",
+            "sandbox",
+            {"state__exact": "retiring"},
+            "The backend has not said that they are gone; it is asked again.",
+        ),
+        (
+            refused,
+            "in the last hour",
+            "refusal",
+            {"since": "hour"},
+            "Quotas, budgets and policies said no; each row says which.",
+        ),
     ]
     words = {"execution": "execution", "sandbox": "sandbox", "refusal": "request refused"}
     many = {"execution": "executions", "sandbox": "sandboxes", "refusal": "requests refused"}

@@ -88,7 +88,9 @@ def backend_choices(empty: str | None = None) -> list[tuple[str, str]]:
 
 
 class AgentForm(forms.ModelForm):
-    route = Names(help_text="Backends in order, with commas, such as: e2b, local. Empty: every configured one, in order.")
+    route = Names(
+        help_text="Backends in order, with commas, such as: e2b, local. Empty: every configured one, in order."
+    )
     languages = Choices(LANGUAGES, help_text="None ticked: every language there is.")
     tools = Names(help_text="MCP tools that it sees, with commas. Empty: all.")
     packages = Names(help_text="Packages that it may install, with commas. Empty: none. A single *: any.")
@@ -164,8 +166,8 @@ class QuotaForm(forms.ModelForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if "unit" in self.fields:
-            words = {Unit.NANO_USD: "money (a budget)"}
-            self.fields["unit"].choices = [(unit, words.get(unit, unit.label)) for unit in Unit]  # type: ignore[attr-defined]
+            words = {Unit.NANO_USD: "Money (a budget)"}
+            self.fields["unit"].choices = [(unit, words.get(unit, unit.label.capitalize())) for unit in Unit]  # type: ignore[attr-defined]
         if self.instance.pk:
             for name in {"unit", "window", "team", "agent", "key"} & self.fields.keys():
                 self.fields[name].disabled = True

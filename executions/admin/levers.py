@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import async_to_sync
-from django.contrib import messages
+from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.db import transaction
 from django.db.models import QuerySet
@@ -24,6 +25,7 @@ from executions.admin.base import Page, write_down
 from executions.models import Agent, ApiKey, Execution, Sandbox, User
 from executions.states import EndReason
 
+log = logging.getLogger(__name__)
 AT_ONCE = 500  # rows of one pull: more is a filter that was forgotten
 KILLS_IN_FLIGHT = 10
 
@@ -53,7 +55,11 @@ def pulls(lever: Lever) -> Any:
         return pull(lever, self, request, chosen, object_id)
 
     method.__name__ = lever.name
-    return action(description=lever.label, permissions=[lever.permission], icon=lever.icon, url_path=lever.name)(method)
+    pulled = action(description=lever.label, permissions=[lever.permission], icon=lever.icon, url_path=lever.name)(
+        method
+    )
+    pulled.lever = lever
+    return pulled
 
 
 def pull(lever: Lever, page: Page, request: HttpRequest, chosen: QuerySet, object_id: str) -> HttpResponse:
@@ -63,9 +69,13 @@ def pull(lever: Lever, page: Page, request: HttpRequest, chosen: QuerySet, objec
         back = f"{back}{object_id}/change/"
     elif request.method == "POST":
         back = request.get_full_path()
-    rows = list(lever.applies(chosen)[: AT_ONCE + 1])
+    rows = list(lever.applies(chosen).defer(None)[: AT_ONCE + 1])  # verbs on the loop cannot fetch a column late
     if not rows or len(rows) > AT_ONCE:
-        why = f"More than {AT_ONCE} rows: narrow the list first." if rows else "Nothing to do: none of these is in such a state."
+        why = (
+            f"More than {AT_ONCE} rows: narrow the list first."
+            if rows
+            else "Nothing to do: none of these is in such a state."
+        )
         messages.warning(request, why)
         return redirect(back)
     reason = request.POST.get("reason", "").strip()
@@ -80,8 +90,7 @@ def pull(lever: Lever, page: Page, request: HttpRequest, chosen: QuerySet, objec
         "admin/lever.html",
         {
             **page.admin_site.each_context(request),
-            "opts": page.opts,
-            "title": lever.label,
+            "title": f"{lever.label}: {str(rows[0]) if object_id else plural(len(rows), str(page.opts.verbose_name))}",
             "lever": lever,
             "consequence": lever.consequence(rows),
             "rows": [(show.page_of(row), str(row)) for row in rows[:50]],
@@ -112,19 +121,27 @@ def _kill(request: HttpRequest, sandboxes: list[Sandbox], reason: str) -> str:
 
         async def one(sandbox: Sandbox) -> bool:
             async with gate:
-                return await operations.retire(sandbox, EndReason.KILLED)
+                try:
+                    return await operations.retire(sandbox, EndReason.KILLED)
+                except Exception:  # one that fails must not leave the others alive
+                    log.exception("kill_failed", extra={"sandbox_id": sandbox.pk})
+                    return False
 
-        return sum([done is True for done in await asyncio.gather(*map(one, sandboxes), return_exceptions=True)])
+        return sum(await asyncio.gather(*map(one, sandboxes)))
 
     confirmed = async_to_sync(all_of_them)()
     waiting = len(sandboxes) - confirmed
-    later = f" {plural(waiting, 'kill')} not confirmed yet: the background loop asks again until it is." if waiting else ""
+    later = (
+        f" {plural(waiting, 'kill')} not confirmed yet: the background loop asks again until it is." if waiting else ""
+    )
     return f"{plural(confirmed, 'sandbox')} gone.{later}"
 
 
 def _killed(sandboxes: list[Sandbox]) -> str:
     inside = Execution.objects.open().filter(sandbox__in=[sandbox.pk for sandbox in sandboxes]).count()
-    runs = f" {plural(inside, 'execution')} in them will end as errored." if inside else " Nothing is running in them."
+    runs = (
+        f" {plural(inside, 'execution')} running there will end as errored." if inside else " Nothing is running there."
+    )
     return (
         f"{plural(len(sandboxes), 'sandbox')} will be destroyed with all variables and files."
         f"{runs} What was used is billed, the rest of the reservation goes back to the budget."
@@ -148,7 +165,9 @@ def _switch(on: bool) -> Callable[[HttpRequest, list[Agent], str], str]:
 
 def _switched_off(agents: list[Agent]) -> str:
     running = Execution.objects.open().filter(agent__in=[agent.pk for agent in agents]).count()
-    goes_on = f" {plural(running, 'execution')} in flight will finish: cancel them if they must not." if running else ""
+    goes_on = (
+        f" {plural(running, 'execution')} in flight will go on to the end: cancel what must not." if running else ""
+    )
     return f"Requests of {plural(len(agents), 'agent')} will be refused from now on, through every key and session.{goes_on}"
 
 
@@ -177,17 +196,13 @@ def _sign_in(request: HttpRequest, people: list[User], reason: str) -> str | Htt
 
 
 def shown_once(request: HttpRequest, **context: Any) -> HttpResponse:
-    """A page with a secret: rendered from memory, kept by no cookie, session or cache."""
-    from django.contrib import admin
-
-    response = TemplateResponse(request, "admin/shown_once.html", {**admin.site.each_context(request), **context})
-    response["Cache-Control"] = "no-store"
-    return response
+    """A page with a secret: rendered from memory, kept by no cookie and no session; the admin's pages are never cached."""
+    return TemplateResponse(request, "admin/shown_once.html", {**admin.site.each_context(request), **context})
 
 
 CANCEL = Lever(
     "cancel",
-    "Cancel executions",
+    "Cancel",
     "block",
     applies=lambda rows: rows.filter(ended_at__isnull=True),
     consequence=lambda rows: (
@@ -198,7 +213,7 @@ CANCEL = Lever(
 )
 KILL = Lever(
     "kill",
-    "Kill sandboxes",
+    "Kill",
     "delete_forever",
     applies=lambda rows: rows.filter(ended_at__isnull=True),
     consequence=_killed,
@@ -206,7 +221,7 @@ KILL = Lever(
 )
 SWITCH_OFF = Lever(
     "switch_off",
-    "Switch agents off",
+    "Switch off",
     "power_settings_new",
     applies=lambda rows: rows.filter(is_active=True),
     consequence=_switched_off,
@@ -214,7 +229,7 @@ SWITCH_OFF = Lever(
 )
 SWITCH_ON = Lever(
     "switch_on",
-    "Switch agents on",
+    "Switch on",
     "power_settings_new",
     applies=lambda rows: rows.filter(is_active=False),
     consequence=lambda rows: f"Requests of {plural(len(rows), 'agent')} will be admitted again, within their quotas.",
@@ -222,10 +237,12 @@ SWITCH_ON = Lever(
 )
 REVOKE = Lever(
     "revoke",
-    "Revoke keys",
+    "Revoke",
     "key_off",
     applies=lambda rows: rows.filter(revoked_at__isnull=True),
-    consequence=lambda rows: f"Programs that send {plural(len(rows), 'key')} will be refused at once. A key cannot be un-revoked.",
+    consequence=lambda rows: (
+        f"Programs that send {plural(len(rows), 'key')} will be refused at once. A key cannot be un-revoked."
+    ),
     act=_revoke,
 )
 SIGN_IN = Lever(
@@ -233,7 +250,9 @@ SIGN_IN = Lever(
     "Make a sign-in link",
     "login",
     applies=lambda rows: rows.filter(is_active=True),
-    consequence=lambda rows: f"A link is shown once that signs {rows[0]} in, once, within the hour. Whoever has it is {rows[0]}.",
+    consequence=lambda rows: (
+        f"A link is shown once that signs {rows[0]} in, once, within the hour. Whoever has it is {rows[0]}."
+    ),
     act=_sign_in,
     permission="sign_in",
 )

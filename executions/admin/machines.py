@@ -21,13 +21,18 @@ from executions.models import Execution, Sandbox, Template
 
 class RunsInside(RecordInline):
     model = Execution
-    fields = readonly_fields = ["badge", "says", "took", "cost", "age"]
+    hide_title = True
+    fields = readonly_fields = ["run", "badge", "says", "took", "cost", "age"]
     verbose_name_plural = "executions in it"
     ordering = ["-id"]
     per_page = 20
 
     def get_queryset(self, request: HttpRequest) -> QuerySet:
         return super().get_queryset(request).defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+
+    @display(description="execution")
+    def run(self, row: Execution) -> Any:
+        return show.link(row)
 
     @display(description="state")
     def badge(self, row: Execution) -> SafeString:
@@ -72,7 +77,20 @@ class SandboxPage(RecordPage):
     fieldsets = [
         (None, {"fields": ["full_id", "badge", "kept", "name", "team", "agent", "who", "template"]}),
         ("Machine", {"fields": ["backend", "isolation", "cpu_count", "memory_mib", "env_names", "machine"]}),
-        ("Time", {"fields": ["created_at", "ready_at", "last_used_at", "idle_timeout_seconds", "ends", "ended_at", "end_reason"]}),
+        (
+            "Time",
+            {
+                "fields": [
+                    "created_at",
+                    "ready_at",
+                    "last_used_at",
+                    "idle_timeout_seconds",
+                    "ends",
+                    "ended_at",
+                    "end_reason",
+                ]
+            },
+        ),
         ("Money", {"fields": ["rate", "reserved", "spent", "metered_until"]}),
     ]
 

@@ -21,9 +21,11 @@ from executions.models import LedgerEntry, Quota, Rate, Usage
 
 
 class QuotaList(ChangeList):
+    result_list: Any
+
     def get_results(self, request: HttpRequest) -> None:
         super().get_results(request)
-        self.result_list = ceilings.with_use(self.result_list)
+        self.result_list: Any = ceilings.with_use(self.result_list)
 
 
 @admin.register(Quota)
@@ -41,7 +43,13 @@ class QuotaPage(ConfigurationPage):
     autocomplete_fields = ["team", "agent", "key"]
     ordering = ["team__name", "agent__name", "key__name", "unit"]
     fieldsets = [
-        ("Whose", {"fields": ["team", "agent", "key"], "description": "One of the three; with none of them it holds for everybody."}),
+        (
+            "Whose",
+            {
+                "fields": ["team", "agent", "key"],
+                "description": "One of the three; with none of them it holds for everybody.",
+            },
+        ),
         ("How much", {"fields": ["unit", "window", "limit"]}),
         ("Now", {"fields": ["now", "began"]}),
     ]
@@ -77,7 +85,7 @@ class QuotaPage(ConfigurationPage):
 @admin.register(Rate)
 class RatePage(ConfigurationPage):
     form = RateForm
-    list_display = ["backend", "meter", "price", "an_hour", "badge", "valid_from", "valid_to", "source"]
+    list_display = ["backend", "meter", "price", "an_hour", "badge", "begins", "ends", "source"]
     list_filter = [filters.ByBackend]
     ordering = ["backend", "meter", "-valid_from"]
     fieldsets = [(None, {"fields": ["backend", "meter", "nano_usd", "valid_from", "valid_to", "source"]})]
@@ -89,6 +97,14 @@ class RatePage(ConfigurationPage):
     @display(description="an hour", ordering="nano_usd")
     def an_hour(self, row: Rate) -> SafeString:
         return show.money(row.nano_usd * 3600)
+
+    @display(description="from", ordering="valid_from")
+    def begins(self, row: Rate) -> Any:
+        return show.when(row.valid_from)
+
+    @display(description="until", ordering="valid_to")
+    def ends(self, row: Rate) -> Any:
+        return show.when(row.valid_to)
 
     @display(description="now")
     def badge(self, row: Rate) -> SafeString:

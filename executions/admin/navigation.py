@@ -95,9 +95,15 @@ def icon(request: HttpRequest) -> str:
 def find(request: HttpRequest, term: str) -> list[SearchResult]:
     """A pasted id leads straight to its row."""
     for prefix, model in (("exe", Execution), ("sbx", Sandbox)):
-        if not re.fullmatch(rf"{prefix}_?[0-9a-z]{{26}}", term) or not request.user.has_perm(f"executions.view_{model._meta.model_name}"):
+        if not re.fullmatch(rf"{prefix}_?[0-9a-z]{{26}}", term) or not request.user.has_perm(
+            f"executions.view_{model._meta.model_name}"
+        ):
             continue
         row = model.objects.only("pk").filter(pk=f"{prefix}_{term[-26:]}").first()
         if row is not None:
-            return [SearchResult(title=row.pk, description=str(model._meta.verbose_name), link=show.page_of(row), icon="tag")]
+            return [
+                SearchResult(
+                    title=row.pk, description=str(model._meta.verbose_name), link=show.page_of(row), icon="tag"
+                )
+            ]
     return []

@@ -26,7 +26,7 @@ def is_list(request: HttpRequest) -> bool:
 
 @admin.register(Execution)
 class ExecutionPage(RecordPage):
-    list_display = ["name", "badge", "agent_link", "says", "where", "took", "cost", "who", "age"]
+    list_display = ["name", "badge", "agent_link", "says", "took", "cost", "age", "where", "who"]
     list_filter = [
         filters.OpenOrEnded,
         filters.Since,
@@ -101,12 +101,17 @@ class ExecutionPage(RecordPage):
 
 @admin.register(Attempt)
 class AttemptPage(RecordPage):
-    list_display = ["execution_id", "number", "backend", "badge", "why", "took", "age"]
+    list_display = ["run", "number", "backend", "badge", "why", "took", "age"]
+    list_display_links = ["number"]
     list_filter = [("outcome", ChoicesDropdownFilter), filters.ByBackend]
     search_fields = ["execution__id__startswith", "code"]
     search_help_text = "The execution's id, or the error's code."
     ordering = ["-id"]
     paginator = InfinitePaginator
+
+    @display(description="execution")
+    def run(self, row: Attempt) -> Any:
+        return show.link_to("execution", row.execution_id)
 
     @display(description="outcome", ordering="outcome")
     def badge(self, row: Attempt) -> SafeString:

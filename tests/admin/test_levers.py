@@ -1,0 +1,143 @@
+"""Levers say what will happen, ask for a reason, do it, and are written down."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from django.urls import reverse
+
+from executions import keys
+from executions.errors import Forbidden, Unauthenticated
+from executions.models import AuditEvent, Sandbox
+from executions.states import SandboxState
+from tests.admin.conftest import a_run, a_sandbox, caller_of
+
+
+def select(office, model: str, lever: str, *rows, **fields):
+    address = reverse(f"admin:executions_{model}_changelist")
+    return office.post(address, {"action": lever, "_selected_action": [row.pk for row in rows], **fields}, follow=True)
+
+
+def audited(action: str) -> AuditEvent:
+    return AuditEvent.objects.get(action=action)
+
+
+def test_a_lever_says_what_will_happen_and_does_nothing_without_a_reason(office, agent, template):
+    run = a_run(agent, template)
+
+    asked = select(office, "execution", "cancel", run)
+    blank = select(office, "execution", "cancel", run, reason="  ")
+
+    assert "1 execution will be stopped within a second" in asked.content.decode()
+    assert "Say why" in blank.content.decode()
+    run.refresh_from_db()
+    assert run.cancel_requested_at is None
+    assert not AuditEvent.objects.exists()
+
+
+def test_cancelling_asks_each_open_execution_to_end(office, operator, agent, template):
+    runs = [a_run(agent, template), a_run(agent, template)]
+    ended = a_run(agent, template, "queued", "starting", "running", "succeeded")
+
+    said = select(office, "execution", "cancel", *runs, ended, reason="runaway loop")
+
+    assert "2 executions asked to end" in said.content.decode()
+    for run in runs:
+        run.refresh_from_db()
+        assert run.cancel_reason == "runaway loop"
+    written = AuditEvent.objects.filter(action="execution_cancelled")
+    assert {(event.subject, event.actor, event.reason, event.team) for event in written} == {
+        (run.pk, operator, "runaway loop", agent.team) for run in runs
+    }
+
+
+def test_one_execution_is_cancelled_from_its_own_page(office, agent, template):
+    run = a_run(agent, template)
+    page = reverse("admin:executions_execution_change", args=[run.pk])
+
+    offered = office.get(page).content.decode()
+    office.post(f"{page.removesuffix('change/')}cancel/", {"reason": "wrong data"})
+
+    assert f"{run.pk}/cancel/" in offered
+    run.refresh_from_db()
+    assert run.cancel_reason == "wrong data"
+
+
+def test_an_ended_execution_offers_no_lever(office, agent, template):
+    run = a_run(agent, template, "queued", "starting", "running", "succeeded")
+
+    shown = office.get(reverse("admin:executions_execution_change", args=[run.pk])).content.decode()
+
+    assert "/cancel/" not in shown
+
+
+def test_killing_ends_sandboxes_and_says_so(office, operator, agent, template):
+    one, two = a_sandbox(agent, template), a_sandbox(agent, template, kept=True)
+
+    said = select(office, "sandbox", "kill", one, two, reason="left over")
+
+    assert "2 sandboxes gone" in said.content.decode()
+    assert list(Sandbox.objects.values_list("state", "end_reason")) == [(SandboxState.GONE, "killed")] * 2
+    assert AuditEvent.objects.filter(action="sandbox_killed", actor=operator, reason="left over").count() == 2
+
+
+def test_a_kill_that_is_not_confirmed_is_said_and_stays_pending(office, agent, template, scripted):
+    scripted["BEHAVES"] = "loses_kills"
+    sandbox = a_sandbox(agent, template, handle={"sandbox_id": "x"})
+
+    said = select(office, "sandbox", "kill", sandbox, reason="left over")
+
+    assert "1 kill not confirmed yet" in said.content.decode()
+    sandbox.refresh_from_db()
+    assert sandbox.state == SandboxState.RETIRING
+
+
+def test_an_agent_that_is_switched_off_is_refused_until_it_is_switched_on(office, agent):
+    select(office, "agent", "switch_off", agent, reason="cost spike")
+    agent.refresh_from_db()
+
+    with pytest.raises(Forbidden):
+        caller_of(agent).acting_as(None)
+    event = audited("agent_switched_off")
+    assert (event.before, event.after, event.reason) == ({"is_active": True}, {"is_active": False}, "cost spike")
+
+    select(office, "agent", "switch_on", agent, reason="fixed")
+    agent.refresh_from_db()
+
+    assert caller_of(agent).acting_as(None).agent == agent
+    assert audited("agent_switched_on").reason == "fixed"
+
+
+def test_a_revoked_key_is_refused(office, agent):
+    key, token = keys.make_key(team=agent.team, agent=agent, name="leaked")
+
+    select(office, "apikey", "revoke", key, reason="in a public repository")
+
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(token)
+    assert audited("key_revoked").subject == key.pk
+
+
+def test_a_sign_in_link_is_shown_once_and_signs_that_person_in(office, client, ada):
+    page = reverse("admin:executions_user_change", args=[ada.pk]).removesuffix("change/")
+
+    shown = office.post(f"{page}sign_in_link/", {"reason": "lost hers"})
+
+    path = re.search(r"(/sign-in/[\w-]+)", shown.content.decode())[1]
+    assert "no-store" in shown.headers["Cache-Control"]
+    assert keys.redeem_sign_in(path.removeprefix("/sign-in/")) == ada
+    assert path not in str(list(AuditEvent.objects.values()))
+
+
+def test_only_a_superuser_makes_sign_in_links(client, ada, bob):
+    from django.contrib.auth.models import Permission
+
+    ada.is_staff = True
+    ada.save()
+    ada.user_permissions.set(Permission.objects.filter(codename__in=["view_user", "change_user"]))
+    client.force_login(ada)
+    page = reverse("admin:executions_user_change", args=[bob.pk])
+
+    assert client.get(page).status_code == 200
+    assert client.post(f"{page.removesuffix('change/')}sign_in_link/", {"reason": "me"}).status_code == 403
