@@ -109,6 +109,12 @@ class UserPage(UserAdmin, ConfigurationPage):  # type: ignore[misc]
         ("is_staff", BooleanRadioFilter),
     ]
     ordering = ["username"]
+    filter_horizontal = ()
+    fieldsets = [
+        (None, {"fields": ["username", "password", "is_active"]}),
+        ("Who", {"fields": [("first_name", "last_name"), "email"]}),
+        ("What they may do here", {"fields": ["is_superuser", "is_staff", "groups", "user_permissions"]}),
+    ]
     actions_detail = ["sign_in_link"]
     sign_in_link = levers.pulls(levers.SIGN_IN)
     inlines = [Teams]
@@ -148,3 +154,5 @@ class UserPage(UserAdmin, ConfigurationPage):  # type: ignore[misc]
 @admin.register(Group)
 class GroupPage(GroupAdmin, ConfigurationPage):  # type: ignore[misc]
     """Permissions of staff who are not superusers."""
+
+    filter_horizontal = ()
