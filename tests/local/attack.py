@@ -79,6 +79,24 @@ async def started(backend: LocalBackend, handle: Handle) -> tuple[str, int]:
     raise AssertionError("the process did not start")
 
 
+def descendants(pid: int) -> int:
+    """How many processes live below this one."""
+    found = 0
+    waiting = [pid]
+    while waiting:
+        try:
+            below = [
+                int(p)
+                for task in Path(f"/proc/{waiting.pop()}/task").iterdir()
+                for p in (task / "children").read_text().split()
+            ]
+        except OSError:
+            continue
+        waiting += below
+        found += len(below)
+    return found
+
+
 def ended(pidfd: int, seconds: float = 5) -> bool:
     """Whether the process behind this descriptor ends in time."""
     return bool(select.select([pidfd], [], [], seconds)[0])

@@ -500,7 +500,17 @@ written >> 20
 
 
 async def test_shared_memory_is_limited(backend):
-    code = "n = 0\ntry:\n    with open('/dev/shm/x', 'wb', buffering=0) as f:\n        while n < 1000:\n            f.write(b'x' * (1 << 20))\n            n += 1\nexcept OSError:\n    pass\nn"
+    code = """
+n = 0
+try:
+    with open('/dev/shm/x', 'wb', buffering=0) as file:
+        while n < 1000:
+            file.write(b'x' * (1 << 20))
+            n += 1
+except OSError:
+    pass
+n
+"""
     async with sandbox(backend) as handle:
         assert await value(backend, handle, code) <= 64
 

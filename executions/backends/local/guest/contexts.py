@@ -15,6 +15,7 @@ from . import bash_context, python_context
 from .processes import descendants, fork_guest, kill, now_ticks
 
 GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the context's processes end
+HANDOVER_SECONDS = 5  # for an idle context to take its next cell
 LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
 HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
 PIECE = 64 * 1024
@@ -190,8 +191,8 @@ class Context:
 
     # cells
 
-    def begin(self, code: str, env: dict[str, str]) -> None:
-        """Send one cell; its events follow until one says end or died. The caller holds the lock."""
+    async def begin(self, code: str, env: dict[str, str]) -> None:
+        """Send one cell; its events follow until one says end or died. The caller holds the lock. OSError, TimeoutError."""
         self.start()
         self.take()
         self._said = 0
@@ -199,12 +200,11 @@ class Context:
         self.idle.clear()
         self.agent.running.add(self.id)
         data = json.dumps({"code": code, "env": env}).encode() + b"\n"
-        self._control.setblocking(True)  # it is idle and reads; a pipe's worth at a time
-        self._control.settimeout(5)
         try:
-            self._control.sendall(data)
-        finally:
-            self._control.setblocking(False)
+            await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(self._control, data), HANDOVER_SECONDS)
+        except (OSError, TimeoutError):
+            self.end()  # it is idle and does not read: it is not itself any more
+            await self.ended.wait()
 
     async def interrupt(self) -> None:
         """Stop the running cell; when this returns nothing of it runs any more. Nothing happens to an idle context."""

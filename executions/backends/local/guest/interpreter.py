@@ -134,7 +134,7 @@ async def _stream(context: Context, code: str, env: dict[str, str], request: Req
         return
     try:
         try:
-            context.begin(code, env)
+            await context.begin(code, env)
         except OSError as problem:
             await request.send(_line(type="error", name="ContextFailed", value=str(problem), traceback=""))
             await request.end()

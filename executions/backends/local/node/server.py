@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -157,7 +158,7 @@ class Node:
         abi = landlock.abi()
         known = linux.MACHINE in seccomp.ARCHITECTURES
         return {
-            "namespaces": True,
+            "namespaces": any(z.state == "ready" for z in self.zygotes.values()) or self._why_no_namespaces(),
             "uid": True if self.root else "Sandboxes have the node's own uid on the host. Start the node as root.",
             "capabilities": True,
             "cgroups": self.tree is not None or self.without_cgroups,
@@ -165,6 +166,10 @@ class Node:
             "landlock": abi >= 6 or f"The kernel has Landlock ABI {abi}; signals are scoped from 6 (Linux 6.12).",
             "readonly_root": True,
         }
+
+    def _why_no_namespaces(self) -> str:
+        said = [zygote.detail for zygote in self.zygotes.values() if zygote.detail]
+        return said[0] if said else "Not tried yet: the templates are warming up."
 
     OPERATIONS = ("create", "kill", "list", "set_timeout", "usage", "check")
 
@@ -252,6 +257,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--template", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     options = parser.parse_args(arguments)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     run_dir = options.run_dir.absolute()
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chmod(run_dir, 0o700)

@@ -82,13 +82,13 @@ class Unborn:
 
     async def discard(self, block: Block | None) -> None:
         """Kill it and wait for its end."""
-        self._node.close()
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             await dead(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
+        self._node.close()  # only now: whoever waits for its word hears that it has hung up
         if block is not None and self.uid is not None:
             block.give_back(self.uid)
             self.uid = None
