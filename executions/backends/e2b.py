@@ -138,12 +138,12 @@ class E2BBackend(Backend):
                 return ContextUnknown(said)
             case sdk.TimeoutException() if "was not found" in said or "was killed" in said:
                 return SandboxLost(said)
-            case sdk.SandboxException() if said.startswith("400 "):
+            case sdk.SandboxException() if str(e).startswith("400 "):
                 return Unsupported(said)
         return otherwise(said)
 
     def _said(self, e: Exception) -> str:
-        text = " ".join(str(e).split())[:300] or type(e).__name__
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return text.replace(self._key, "…") if self._key else text
 
     # life
