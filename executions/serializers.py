@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from executions.errors import Invalid, TooLarge
 from executions.models import Artifact, Event, Execution, Package, Sandbox, Template
-from executions.states import EventKind
+from executions.states import EventKind, ExecutionState
 
 NameValue = dict[
     Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
@@ -186,6 +186,7 @@ class ExecutionShape(BaseModel):
     mains: list[bool] = []
     logs: Logs = Logs()
     error: CodeError | None = None
+    exit_code: int | None = Field(None, description="Of a script that has ended by itself.")
     truncated: bool = False
     execution_count: int | None = None
     attempts: list[AttemptShape] = []
@@ -344,6 +345,7 @@ def execution_head(execution: Execution) -> ExecutionShape:
         code=execution.code,
         results=[],
         mains=[],
+        exit_code=_exit_code(execution),
         execution_count=execution.execution_count,
         backend=execution.backend,
         isolation=sandbox.isolation if sandbox else "",
@@ -378,6 +380,12 @@ def execution_head(execution: Execution) -> ExecutionShape:
         running_at=execution.running_at,
         ended_at=execution.ended_at,
     )
+
+
+def _exit_code(execution: Execution) -> int | None:
+    if execution.command and execution.state == ExecutionState.SUCCEEDED:
+        return 0
+    return int(execution.error_value) if execution.command and execution.error_name == "ExitCode" else None
 
 
 def session_shape(sandbox: Sandbox) -> SessionShape:

@@ -19,7 +19,7 @@ from django.db import transaction
 
 from executions import backends, packages
 from executions.backends.local.environment import uv_environ
-from executions.errors import InstallFailed, PackageDenied, SessionGone
+from executions.errors import InstallFailed, PackageDenied
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Package, Sandbox
@@ -60,8 +60,6 @@ async def install(*, caller: Caller, session_id: str, requirements: list[str]) -
 def _admit(caller: Caller, session_id: str, requirements: list[str]) -> tuple[Sandbox, dict[str, str]]:
     caller.needs(Scope.RUN)
     sandbox = claim_session(caller, session_id)
-    if sandbox.handle is None:
-        raise SessionGone("The session is still starting.", remedy="Try again in a second.", retry_after=1)
     reasons = {}
     for requirement in requirements:
         try:

@@ -200,10 +200,7 @@ async def _alive(caller: Caller, session_id: str, scope: str = Scope.RUN) -> San
         caller.needs(scope)
         return claim_session(caller, session_id)
 
-    sandbox = await rows(claim)
-    if sandbox.handle is None:
-        raise SessionGone("The session is still starting.", remedy="Try again in a second.", retry_after=1)
-    return sandbox
+    return await rows(claim)
 
 
 def _checked(path: str) -> str:

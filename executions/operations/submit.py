@@ -13,7 +13,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from executions import pool, quotas, routes
-from executions.errors import Invalid, KeyReused, NotFound, Refused, SessionGone
+from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.serializers import Submission
@@ -138,7 +138,7 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
 
 
 def claim_session(caller: Caller, session_id: str) -> Sandbox:
-    """The caller's live session, touched, so that it does not end idle under the run. NotFound, SessionGone."""
+    """The caller's live session, touched, so that it does not end idle under the run. NotFound, SessionGone, Conflict."""
     sandbox = find_session(caller, session_id)
     if sandbox.ended_at or sandbox.state == SandboxState.RETIRING:
         ended = f"{sandbox.ended_at:%H:%M} UTC" if sandbox.ended_at else "just now"
@@ -146,6 +146,8 @@ def claim_session(caller: Caller, session_id: str) -> Sandbox:
     now = timezone.now()
     if sandbox.leased_until <= now:
         raise SessionGone("The session has reached its end.", session_id=session_id)
+    if sandbox.handle is None:
+        raise Conflict("The session is still starting.", session_id=session_id, retry_after=1)
     Sandbox.objects.filter(pk=sandbox.pk).update(last_used_at=now)
     return sandbox
 

@@ -6,10 +6,10 @@ import pytest
 
 from executions import operations
 from executions.backends import scripted
-from executions.errors import Forbidden, Invalid, KeyReused, NoBackend, SessionGone
+from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NoBackend, SessionGone
 from executions.hop import rows
 from executions.models import Event, Execution, IdempotencyRecord, Sandbox, Usage
-from executions.serializers import SessionRequest
+from executions.serializers import SessionRequest, Submission
 from executions.states import ExecutionState, SandboxState
 from tests.plane.conftest import asks
 
@@ -295,3 +295,23 @@ async def test_a_key_without_the_scope_runs_nothing(caller):
 
     with pytest.raises(Forbidden):
         await run(replace(caller, scopes=frozenset({"read"})))
+
+
+async def test_a_session_that_is_still_starting_takes_no_run(caller):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    await Sandbox.objects.filter(pk=session.pk).aupdate(state=SandboxState.BOOTING, handle=None)
+
+    with pytest.raises(Conflict) as refused:
+        await run(caller, session_id=session.pk)
+
+    assert refused.value.facts["retry_after"] == 1
+
+
+@pytest.mark.parametrize(("code", "state", "exit_code"), [("a.py", "succeeded", 0), ("a.py #! X: y", "failed", 1)])
+async def test_a_script_tells_its_exit_code(caller, code, state, exit_code):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    request = Submission(script_path="a.py", args=code.split()[1:] and [code.split(" ", 1)[1]], session_id=session.pk)
+
+    shape = await operations.execute(caller=caller, request=request)
+
+    assert (shape.state, shape.exit_code) == (state, exit_code)
