@@ -106,7 +106,7 @@ class Unit(TextChoices):
     EXECUTIONS = "executions"
     CONCURRENT_EXECUTIONS = "concurrent_executions"
     CONCURRENT_SANDBOXES = "concurrent_sandboxes"
-    NANO_USD = "nano_usd"
+    NANO_USD = "nano_usd", "money"
 
 
 class Window(TextChoices):

@@ -36,8 +36,7 @@ NOT_HERE = {  # fields of a create that would change what the sandbox may do, wi
     "mcp": "There is no MCP gateway in the sandboxes: Sandgate itself speaks MCP, at /mcp.",
     "iam": "Workload identities are not supported.",
     "volumeMounts": "Volumes are not supported.",
-    "allow_internet_access": "Sandboxes here have no internet access: leave allow_internet_access out, or False.",
-}
+}  # not allow_internet_access: older SDKs send True unless told otherwise. The details say that there is none
 
 
 def answers(**views):

@@ -85,6 +85,7 @@ class Execution(HasLifecycle):
             models.Index(fields=["agent", "-created_at"], name="execution_of_agent"),
             models.Index(fields=["heartbeat_at"], condition=Q(ended_at__isnull=True), name="execution_open"),
             models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
+            models.Index(fields=["created_at"], name="execution_by_time"),
             models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
             models.Index(fields=["team", "workflow"], condition=~Q(workflow=""), name="execution_in_workflow"),
         ]

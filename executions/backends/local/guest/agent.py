@@ -12,6 +12,7 @@ from typing import Any
 
 from . import envd, http, interpreter, landlock, python_context
 from .contexts import Context
+from .nursery import Nursling
 from .processes import Reaper
 
 HOME = "/home/user"
@@ -20,8 +21,9 @@ HOME = "/home/user"
 class Agent:
     """What the two servers share: the plan, the contexts, the commands."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], nursling: Nursling) -> None:
         self.plan = plan
+        self.nursling: Nursling | None = nursling  # the first Python context
         self.rules = landlock.ruleset()
         self.contexts: dict[str, Context] = {}
         self.defaults: dict[str, str] = {}  # language: id of its default context
@@ -39,26 +41,25 @@ class Agent:
         }  # fmt: skip
 
 
-def main(plan: dict[str, Any], node: socket.socket, envd_descriptor: int, interpreter_descriptor: int) -> None:
+def main(plan: dict[str, Any], node: socket.socket, nursling: Nursling, *listeners: int) -> None:
     """Serve until killed. The walls stand already."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.run_until_complete(_serve(plan, node, envd_descriptor, interpreter_descriptor))
+    loop.run_until_complete(_serve(plan, node, nursling, *listeners))
 
 
-async def _serve(plan: dict[str, Any], node: socket.socket, envd_descriptor: int, interpreter_descriptor: int) -> None:
+async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling, *listeners: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # pid 1 has no default for them, but Python had one for SIGINT
-    agent = Agent(plan)
+    agent = Agent(plan, nursling)
+    interpreter.default_context(agent, "python").start()
     if fonts := python_context.font_list:
         cache = Path(HOME, ".cache/matplotlib")
         cache.mkdir(parents=True)
         (cache / fonts[0]).write_bytes(fonts[1])
-    servers = [
-        await http.serve(socket.socket(fileno=envd_descriptor), envd.handler(agent)),
-        await http.serve(socket.socket(fileno=interpreter_descriptor), interpreter.handler(agent)),
-    ]
+    ports = [socket.socket(fileno=listener) for listener in listeners]
+    handlers = (envd.handler(agent), interpreter.handler(agent))
+    servers = [await http.serve(port, handler) for port, handler in zip(ports, handlers, strict=True)]
     node.send(b"ready")
     node.close()
-    interpreter.default_context(agent, "python").start()
     await asyncio.gather(*(server.serve_forever() for server in servers))

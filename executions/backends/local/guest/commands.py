@@ -103,7 +103,7 @@ class Commands:
             os.execvpe(argv[0], argv, environment)
 
         try:
-            pid = fork_guest(self.agent.plan, self.agent.rules, become, keep=set())
+            pid = fork_guest(self.agent.plan, self.agent.rules, become)
         except OSError as problem:
             os.close(out_read)
             os.close(err_read)

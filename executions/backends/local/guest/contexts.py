@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from . import bash_context, python_context
-from .processes import descendants, fork_guest, kill, now_ticks
+from .processes import close_all_but, descendants, fork_guest, kill, now_ticks
 
 GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the context's processes end
 HANDOVER_SECONDS = 5  # for an idle context to take its next cell
@@ -55,19 +55,9 @@ class Context:
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
 
-        def become() -> None:
-            os.dup2(out_write, 1)
-            os.dup2(err_write, 2)
-            control = theirs.fileno()
-            os.closerange(3, control)
-            os.closerange(control + 1, os.sysconf("SC_OPEN_MAX"))
-            os.chdir(self.cwd)
-            RUNNERS[self.language](theirs, self.agent.environment(self.cwd))
-
+        channels = [theirs.fileno(), out_write, err_write]
         try:
-            self.pid = fork_guest(
-                self.agent.plan, self.agent.rules, become, keep={theirs.fileno(), out_write, err_write}
-            )
+            self.pid = self._fork(theirs, channels)
         finally:
             theirs.close()
             os.close(out_write)
@@ -84,6 +74,21 @@ class Context:
         self._reading = False
         self._resume()
         self.agent.reaper.watch(self.pid, self._ended)
+
+    def _fork(self, control: socket.socket, channels: list[int]) -> int:
+        agent, environment = self.agent, self.agent.environment(self.cwd)
+        if self.language == "python" and agent.nursling is not None:
+            nursling, agent.nursling = agent.nursling, None
+            return nursling.become_context(agent.plan, self.cwd, environment, agent.rules, channels)
+
+        def become() -> None:
+            os.dup2(channels[1], 1)
+            os.dup2(channels[2], 2)
+            close_all_but(control.fileno())
+            os.chdir(self.cwd)
+            RUNNERS[self.language](control, environment)
+
+        return fork_guest(agent.plan, agent.rules, become)
 
     def _resume(self) -> None:
         if not self._reading:

@@ -38,7 +38,7 @@ class Reaper:
                 ended(status)
 
 
-def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any], keep: set[int]) -> int:
+def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any]) -> int:
     """Fork a process that runs guest code through `become`, which never returns; its pid. OSError at the limit."""
     pid = os.fork()
     if pid:
@@ -50,6 +50,12 @@ def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any], keep: s
     except BaseException:
         os.write(2, traceback.format_exc(limit=-3).encode())
     _exit()
+
+
+def close_all_but(descriptor: int) -> None:
+    """Keep the three standard streams and this one."""
+    os.closerange(3, descriptor)
+    os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _exit() -> NoReturn:

@@ -56,6 +56,11 @@ def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
     """Put up the walls that depend on the plan; the node has put this process into its control groups."""
     linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
     _mount_private_folders(plan["limits"], plan["shadowed"])
+    restrict(plan, keep, filter_program)
+
+
+def restrict(plan: dict, keep: set[int], filter_program: bytes) -> None:
+    """The walls of one process: descriptors, limits, capabilities, system calls."""
     _close_all_but(keep)
     _limit(plan)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # guests have the same uid: they must not read this process

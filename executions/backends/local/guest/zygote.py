@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from . import agent, python_context, seccomp, walls
+from . import agent, nursery, python_context, seccomp, walls
 
 CONTROL = 3
 
@@ -50,16 +50,17 @@ def main() -> None:
 def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
     try:
         walls.unshare(plan, node)
+        nursling = nursery.Nursling(program)
         node.send(b"waiting")
         message, listeners, _, _ = socket.recv_fds(node, 1 << 20, 2)
         if not message:
             os._exit(0)  # the node does not need this one any more
         plan |= json.loads(message)
-        walls.enclose(plan, {node.fileno(), *listeners}, program)
+        walls.enclose(plan, {node.fileno(), nursling.fileno(), *listeners}, program)
     except BaseException:
         node.send(traceback.format_exc(limit=-2)[-2000:].encode())
         os._exit(1)
     try:
-        agent.main(plan, node, *listeners)
+        agent.main(plan, node, nursling, *listeners)
     finally:
         os._exit(1)

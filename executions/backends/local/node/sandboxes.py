@@ -70,7 +70,8 @@ class Sandbox:
                     processes=self.limits["processes"] + RESERVED_PROCESSES,
                     cpu_count=self.limits["cpu_count"],
                 )
-                self.group.add(unborn.pid)  # first limits, then life
+                for pid in unborn.pids():
+                    self.group.add(pid)  # first limits, then life
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": self.limits, "env": self.env,
                 "token": self.token, "limit_data": tree is None,

@@ -73,6 +73,11 @@ class Unborn:
                 return said, CREDENTIALS.unpack(data[: CREDENTIALS.size])[0]
         return b"", 0
 
+    def pids(self) -> list[int]:
+        """Itself and the first context, which waits with it."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [self.pid, *map(int, children)]
+
     async def be_born(self, plan: dict[str, Any], listeners: list[socket.socket]) -> None:
         """Give it its plan and its sockets; returns when all walls stand and it serves. OSError otherwise."""
         socket.send_fds(self._node, [json.dumps(plan).encode()], [listener.fileno() for listener in listeners])
