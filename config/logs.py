@@ -25,6 +25,13 @@ def formatter(style: str) -> logging.Formatter:
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=SHARED, processors=[*ending, last])
 
 
+class Meant(logging.Filter):
+    """Drops uvicorn's word about a stream that the gateway broke off on purpose, because its sandbox died."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "without completing response" not in record.getMessage()
+
+
 structlog.configure(
     processors=[*SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
     logger_factory=structlog.stdlib.LoggerFactory(),

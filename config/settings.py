@@ -251,13 +251,17 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"()": "config.logs.formatter", "style": LOG_FORMAT}},
+    "filters": {"meant": {"()": "config.logs.Meant"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     "loggers": {
         "django.request": {"level": "ERROR"},
         "uvicorn.access": {"level": "WARNING"},
+        "uvicorn.error": {"filters": ["meant"]},
         "daphne": {"level": "WARNING"},
-        "e2b": {"level": "INFO"},  # logs submitted code at DEBUG
+        "e2b": {"level": "INFO"},  # these two log submitted code at DEBUG
+        "e2b_code_interpreter": {"level": "INFO"},
+        "pyqwest": {"level": "INFO"},
         "httpx": {"level": "WARNING"},
         "httpcore": {"level": "WARNING"},
         "mcp": {"level": "WARNING"},
