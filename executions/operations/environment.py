@@ -18,7 +18,6 @@ from executions.routes import plan
 from executions.serializers import LimitShape, dollars, session_shape
 from executions.states import LANGUAGES, Scope, Unit
 
-
 CHECK_SECONDS = 2
 
 

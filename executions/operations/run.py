@@ -308,18 +308,25 @@ class Run:
         journal.write(batch)
         self.events += batch
         price = 0
+        if outcome == AttemptOutcome.LOST and (why := self._asked_to_cancel()) is not None:
+            state, columns = E.CANCELLED, {"error_code": "cancelled", "error_value": why}
+        if sandbox.kept:  # others may be billing it, or ending it
+            sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
         if not sandbox.ended_at:
-            if sandbox.kept:
-                sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
             began = execution.running_at or ended_at
             first = Usage.IDLE if sandbox.kept else Usage.BOOT
             price, fields = ledger.bill(
-                sandbox, (first, began), (Usage.RUN, ended_at), execution=execution, final=gone and not sandbox.kept
+                sandbox, (first, began), (Usage.RUN, ended_at), execution=execution, final=bool(end_reason and gone)
             )
             fields["last_used_at"] = ended_at
             if end_reason:
-                path = (S.RETIRING, S.GONE) if gone else (S.RETIRING,)
-                sandbox.advance(*path, reason=end_reason, end_reason=end_reason, **fields)
+                path = [S.RETIRING] if sandbox.state != S.RETIRING else []  # somebody may be ending it already
+                path += [S.GONE] if gone else []
+                fields["end_reason"] = sandbox.end_reason or end_reason
+            else:
+                path = []
+            if path:
+                sandbox.advance(*path, reason=end_reason, **fields)
             else:
                 Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
             execution.sandbox = sandbox
@@ -339,6 +346,11 @@ class Run:
         if tried.outcome == AttemptOutcome.OPEN:
             tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
             self._attempt(tried).update(outcome=outcome, code=tried.code, ended_at=ended_at)
+
+    def _asked_to_cancel(self) -> str | None:
+        """The reason of a cancel that was written down by another process, e.g. one that ended the session."""
+        asked = Execution.objects.filter(pk=self.execution.pk, cancel_requested_at__isnull=False)
+        return asked.values_list("cancel_reason", flat=True).first()
 
 
 async def kill(sandbox: Sandbox) -> bool:

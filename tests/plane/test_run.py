@@ -9,6 +9,7 @@ from executions.backends import scripted
 from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NoBackend, SessionGone
 from executions.hop import rows
 from executions.models import Event, Execution, IdempotencyRecord, Sandbox, Usage
+from executions.operations.reap import begin_retiring
 from executions.serializers import SessionRequest, Submission
 from executions.states import ExecutionState, SandboxState
 from tests.plane.conftest import asks
@@ -315,3 +316,28 @@ async def test_a_script_tells_its_exit_code(caller, code, state, exit_code):
     shape = await operations.execute(caller=caller, request=request)
 
     assert (shape.state, shape.exit_code) == (state, exit_code)
+
+
+async def test_a_session_that_died_gives_its_reservation_back(caller):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    scripted._machines["first"][session.provider_name].died = 0.0
+
+    await run(caller, session_id=session.pk)
+
+    await session.arefresh_from_db()
+    assert session.reserved_nano_usd == 0
+
+
+async def test_a_run_whose_session_another_process_is_ending_was_cancelled(caller):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    waiting = asyncio.create_task(run(caller, "#~ 0.3\n#> never", session_id=session.pk))
+    execution = await until_running()
+    await rows(operations.request_cancel, execution=execution, reason="the session was ended")
+    await rows(begin_retiring, session, "finished")
+    scripted._machines["first"][session.provider_name].died = 0.0
+
+    shape = await asyncio.wait_for(waiting, 5)
+
+    assert (shape.state, shape.detail) == ("cancelled", "the session was ended")
+    await session.arefresh_from_db()
+    assert (session.state, session.end_reason) == (SandboxState.GONE, "finished")
