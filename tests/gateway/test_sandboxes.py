@@ -26,6 +26,7 @@ def test_a_sandbox_is_made_found_and_killed(mine):
     assert sandbox.sandbox_id.isalnum()
     assert sandbox.sandbox_id == sandbox.sandbox_id.lower()
     info = sandbox.get_info()
+    assert info.allow_internet_access is False
     assert (info.template_id, info.name, info.state) == ("code-interpreter-v1", "default", SandboxState.RUNNING)
     assert info.metadata == {"who": "Ada & Bob", "x__contains": "=%20"}
     assert sandbox.run_code("import os\nos.environ['MARK']").text == "1"
@@ -101,7 +102,9 @@ def test_a_repeated_create_with_one_idempotency_key_makes_one_sandbox(mine):
 
 def test_older_sdks_find_their_paths_and_may_send_the_sandbox_header_everywhere(product, raw, sandbox):
     headers = {"X-API-KEY": product.key, "E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "49983"}
-    made = raw.post("/sandboxes", json={"templateID": "base", "secure": True}, headers=headers)
+    made = raw.post(
+        "/sandboxes", json={"templateID": "base", "secure": True, "allow_internet_access": True}, headers=headers
+    )
     listed = raw.get("/sandboxes", headers=headers)
     connected = raw.post(f"/sandboxes/{made.json()['sandboxID']}/connect", json={"timeout": 20}, headers=headers)
     killed = raw.delete(f"/sandboxes/{made.json()['sandboxID']}", headers=headers)
@@ -174,7 +177,6 @@ def test_a_route_without_a_reachable_backend_is_refused_in_words(raw, tenants):
     ("asked", "status", "word"),
     [
         ({"templateID": "nothing-like-it"}, 404, "nothing-like-it"),
-        ({"templateID": "base", "allow_internet_access": True}, 400, "internet"),
         ({"templateID": "base", "network": {"allowOut": ["1.1.1.1"]}}, 400, "allowOut"),
         ({"templateID": "base", "autoPause": True}, 400, "paused"),
         ({"templateID": "base", "timeout": 0}, 400, "timeout"),
