@@ -35,7 +35,7 @@ class Agent:
         return {
             "PATH": f"{os.path.dirname(sys.executable)}:/usr/local/bin:/usr/bin:/bin",
             "HOME": HOME, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd,
-            "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": "/opt/sandgate/guest/site", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
             "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.plan["sandbox_id"], "E2B_TEMPLATE_ID": self.plan["template"],
             **self.plan["env"],
         }  # fmt: skip
@@ -52,6 +52,7 @@ async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling, 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # pid 1 has no default for them, but Python had one for SIGINT
     agent = Agent(plan, nursling)
+    os.mkdir(python_context.PACKAGES)  # before a Python looks: it would remember that there is none
     interpreter.default_context(agent, "python").start()
     if fonts := python_context.font_list:
         cache = Path(HOME, ".cache/matplotlib")

@@ -34,6 +34,8 @@ WARM_CELLS = {
     "matplotlib.pyplot": ["import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('x')\nplt.show()"],
 }
 
+PACKAGES = "/home/user/.packages"  # what is installed into this sandbox
+
 shell: Any = None  # made once, in the zygote, like the next
 font_list: tuple[str, bytes] | None = None
 ours: list[str] = []  # our modules; looking through all of them in each fork would copy half a thousand pages
@@ -154,7 +156,7 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as any Python has it
     for name in ours:
         sys.modules.pop(name, None)  # users may have modules of these names
-    sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate")]
+    sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate"), PACKAGES]
     sys.argv = [""]
     os.environ.clear()
     os.environ.update(environment)
