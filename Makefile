@@ -2,11 +2,12 @@
 # make test   all tests, on SQLite and on PostgreSQL
 # make lint   style, types, layers, migrations
 # make bench  measurements of this machine
+# make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test test-sqlite test-postgresql lint bench chromium tools
+.PHONY: run test test-sqlite test-postgresql test-e2b lint bench chromium tools
 
 run:
 	@$(PYTHON) deploy/bootstrap.py
@@ -19,6 +20,10 @@ test-sqlite: tools chromium
 
 test-postgresql: tools
 	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 -m "not product and not browser and not runtime" $(ARGS)
+
+test-e2b: tools
+	@[ -n "$(E2B_API_KEY)" ] || { echo "This needs a key of E2B's: E2B_API_KEY=e2b_… make test-e2b"; exit 2; }
+	SANDGATE_TEST_E2B_KEY=$(E2B_API_KEY) SANDGATE_TEST_E2B_DOMAIN=$(E2B_DOMAIN) $(PY) -m pytest tests/backends/test_e2b.py -k Cloud $(ARGS)
 
 lint: tools
 	$(PY) -m ruff check

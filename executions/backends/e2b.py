@@ -36,7 +36,8 @@ TEMPLATE = "code-interpreter-v1"  # where ours is "default" and names no other
 OURS = {"managed_by": "sandgate"}  # metadata of every sandbox that is made here
 OUR_ID = "sandgate_sandbox"
 INTERPRETER = 49999
-CREATE_SECONDS = 30
+CREATE_SECONDS = 15
+ASK_SECONDS = 10  # for the rest of the API; who asks, asks again
 CHECK_SECONDS = 5
 GRACE_SECONDS = 5  # beyond a deadline that the other side enforces
 LINE_LIMIT_BYTES = 96 << 20
@@ -76,12 +77,13 @@ class E2BBackend(Backend):
         if languages := options.get("LANGUAGES"):
             self.capabilities = replace(self.capabilities, languages=frozenset(languages))  # type: ignore[misc]
         self._key = options.get("API_KEY") or ""
-        self._account = {  # the SDK asks the environment for whatever is empty: nothing is
+        self._account: dict[str, Any] = {  # the SDK asks the environment for whatever is empty: nothing is
             "api_key": self._key,
             "domain": domain,
             "api_url": options.get("API_URL") or f"https://api.{domain}",
             "debug": False,
         }
+        self._once = {**self._account, "retries": 0, "request_timeout": ASK_SECONDS}
         self._sandboxes: dict[str, Any] = {}  # the SDK's objects, 2 ms each to make
 
     def template_name(self, name: str, mapped: str) -> str:
@@ -160,9 +162,7 @@ class E2BBackend(Backend):
                 envs=spec.env,
                 allow_internet_access=spec.network,
                 idempotency_key=spec.sandbox_id,
-                retries=0,  # the next backend of the route is the retry
-                request_timeout=CREATE_SECONDS,
-                **self._account,
+                **{**self._once, "request_timeout": CREATE_SECONDS},  # the next backend of the route is the retry
             )
             return {
                 "sandbox_id": spec.sandbox_id,
@@ -181,11 +181,11 @@ class E2BBackend(Backend):
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:
         with self._translated():
-            await (await _loaded()).AsyncSandbox.set_timeout(handle["e2b_id"], seconds, **self._account)
+            await (await _loaded()).AsyncSandbox.set_timeout(handle["e2b_id"], seconds, **self._once)
 
     async def kill(self, handle: Handle) -> bool:
         with self._translated():
-            await (await _loaded()).AsyncSandbox.kill(handle["e2b_id"], **self._account)  # False: it was gone before
+            await (await _loaded()).AsyncSandbox.kill(handle["e2b_id"], **self._once)  # False: it was gone before
         return True
 
     async def kill_by_id(self, sandbox_id: str) -> bool:
@@ -197,7 +197,7 @@ class E2BBackend(Backend):
         sdk = await _loaded()
         found: list[Listed] = []
         with self._translated():
-            pages = sdk.AsyncSandbox.list(query=sdk.SandboxQuery(metadata=metadata), limit=100, **self._account)
+            pages = sdk.AsyncSandbox.list(query=sdk.SandboxQuery(metadata=metadata), limit=100, **self._once)
             while pages.has_next:
                 for info in await pages.next_items():
                     ours = info.metadata.get(OUR_ID, "")
@@ -209,7 +209,7 @@ class E2BBackend(Backend):
         sdk = await _loaded()
         try:
             with self._translated(BackendUnavailable):
-                pages = sdk.AsyncSandbox.list(limit=1, retries=0, request_timeout=CHECK_SECONDS, **self._account)
+                pages = sdk.AsyncSandbox.list(limit=1, **{**self._once, "request_timeout": CHECK_SECONDS})
                 await pages.next_items()
         except BackendUnavailable as e:
             return Check(ok=False, detail=e.detail, isolation=self.isolation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -32,6 +33,18 @@ class TestE2B(BackendContract):
     @pytest.fixture
     def backend(self, product: Product) -> E2BBackend:
         return on_gateway(product)
+
+
+if CLOUD_KEY := os.environ.get("SANDGATE_TEST_E2B_KEY"):  # make test-e2b
+
+    class TestCloud(BackendContract):
+        """The same contract on E2B itself."""
+
+        template = "code-interpreter-v1"
+
+        @pytest.fixture
+        def backend(self) -> E2BBackend:
+            return E2BBackend("e2b", {"API_KEY": CLOUD_KEY, "DOMAIN": os.environ.get("SANDGATE_TEST_E2B_DOMAIN", "")})
 
 
 # What the SDK and other servers say, in this product's words

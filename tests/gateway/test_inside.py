@@ -118,6 +118,22 @@ async def test_a_client_that_leaves_interrupts_its_cell_and_the_record_says_so(p
     assert [(e["state"], e["detail"]) for e in found][1] == ("cancelled", "the client went away")
 
 
+async def test_a_cell_that_somebody_cancels_says_so_and_the_sandbox_goes_on(product, mine):
+    sandbox = await AsyncSandbox.create(timeout=60, **mine)
+    begun = asyncio.Event()
+    code = "import time\nprint('begun')\ntime.sleep(600)"
+    cell = asyncio.create_task(sandbox.run_code(code, on_stdout=lambda _: begun.set()))
+    await begun.wait()
+    with product.http() as http:
+        (found,) = http.get("/api/v1/executions", params={"session": f"sbx_{sandbox.sandbox_id}"}).json()["results"]
+        http.post(f"/api/v1/executions/{found['id']}/cancel", json={"reason": "enough"})
+    error = (await cell).error
+    after = await sandbox.run_code("1 + 1")
+    await sandbox.kill()
+
+    assert (error.name, error.value, after.text) == ("ExecutionCancelled", "enough", "2")
+
+
 async def test_output_arrives_while_the_cell_runs(mine):
     sandbox = await AsyncSandbox.create(timeout=60, **mine)
     first = asyncio.Event()

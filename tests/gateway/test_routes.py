@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+from e2b_code_interpreter import Sandbox
+
+from tests.gateway.conftest import options
 from tests.product import running_product
 
 
@@ -29,6 +32,9 @@ def test_with_e2b_there_code_runs_on_it_and_nothing_is_left_behind(product, temp
         slow = run(http, code="import time\ntime.sleep(60)", timeout_seconds=1, session_id=session["id"])
         after = run(http, code="x", session_id=session["id"])
         ended = http.delete(f"/api/v1/sessions/{session['id']}")
+        by_sdk = Sandbox.create(timeout=30, **options(front))
+        gateways = http.get(f"/api/v1/sessions/sbx_{by_sdk.sandbox_id}").json()
+        by_sdk.kill()
         with product.http() as behind:
             there = behind.get("/e2b/v2/sandboxes", headers={"X-API-KEY": product.key}).json()
 
@@ -41,6 +47,7 @@ def test_with_e2b_there_code_runs_on_it_and_nothing_is_left_behind(product, temp
     assert slow["state"] == "timed_out"
     assert after["results"][0]["text/plain"] == "41"
     assert ended.status_code == 204
+    assert gateways["backend"] == "local"  # never again through E2B: an installation may be its own double
     assert [entry for entry in there if "sandgate_sandbox" in entry["metadata"]] == []
 
 

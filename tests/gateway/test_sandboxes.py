@@ -162,6 +162,30 @@ def test_a_used_up_quota_is_one_request_and_a_rate_limit(product, tenants):
     assert (refusal["code"], refusal["times"]) == ("quota_exceeded", 1)
 
 
+def test_an_exhausted_budget_says_what_is_left(product, tenants):
+    with pytest.raises(SandboxException, match=r"budget_exhausted: .* left, resets") as refused:
+        Sandbox.create(**options(product, tenants["broke"]))
+
+    assert refused.value.status_code == 402
+
+
+def test_a_used_up_quota_of_runs_refuses_the_cell_in_words(product, tenants):
+    sandbox = Sandbox.create(timeout=30, **options(product, tenants["still"]))
+    with pytest.raises(SandboxException, match=r"^429 .*quota_exceeded"):
+        sandbox.run_code("1")
+    sandbox.kill()
+
+
+def test_a_teams_key_names_its_agent_in_a_header(product, tenants):
+    teams = options(product, tenants["of_a_team"])
+    with pytest.raises(SandboxException, match="name the agent"):
+        Sandbox.create(**teams)
+    sandbox = Sandbox.create(timeout=30, api_headers={"Sandgate-Agent": "agent"}, **teams)
+
+    assert sandbox.run_code("1").text == "1"
+    assert Sandbox.kill(sandbox.sandbox_id, **teams) is True
+
+
 def test_a_route_without_a_reachable_backend_is_refused_in_words(raw, tenants):
     answer = raw.post("/v2/sandboxes", json={"templateID": "base"}, headers={"X-API-KEY": tenants["scripted"]})
 
