@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from django.db import connection
-from django.db.models import Q, QuerySet
+from django.db.models import Q
 from django.utils import timezone
 
 from executions.costs import usd
@@ -18,12 +18,19 @@ from executions.states import Unit, Window
 CONCURRENT: dict[str, str] = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
 
 
-def of(caller: Caller) -> QuerySet[Quota]:
+_of = hot.Compiled(
+    lambda team, agent, key: (
+        Quota.objects.select_related("team", "agent", "key")
+        .filter(Q(team=None, agent=None, key=None) | Q(team=team, agent=None, key=None) | Q(agent=agent) | Q(key=key))
+        .order_by("id")
+    )
+)
+
+
+def of(caller: Caller) -> list[Quota]:
     """The quotas that govern this caller, in the fixed order in which they are taken."""
-    own = Q(team=None, agent=None, key=None) | Q(team=caller.team, agent=None, key=None) | Q(agent=caller.agent)
-    if caller.key is not None:
-        own |= Q(key=caller.key)
-    return Quota.objects.filter(own).order_by("id")
+    agent, key = caller.agent, caller.key
+    return _of(caller.team.pk, agent.pk if agent else "", key.pk if key else "")
 
 
 def window_start(window: str, zone: str, now: datetime) -> datetime | None:

@@ -236,7 +236,7 @@ def usage(request: MemberRequest) -> HttpResponse:
         total_seconds=sum(line["duration_us"] for line in lines),
         reserved=open_sandboxes.aggregate(total=Sum("reserved_nano_usd"))["total"] or 0,
         runs_today=Execution.objects.filter(team=caller.team, created_at__gte=midnight).count(),
-        quotas=[_quota_line(quota) for quota in quotas.of(caller).select_related("team", "agent", "key")],
+        quotas=[_quota_line(quota) for quota in quotas.of(caller)],
         spend=spend_today(caller),
         key=key_of(caller),
         curl=curl(),

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
+from django.conf import settings
 from django.core.exceptions import RequestDataTooBig
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
@@ -157,7 +158,7 @@ def _head(sandbox: Sandbox) -> dict[str, Any]:
 def made(sandbox: Sandbox) -> dict[str, Any]:
     """E2B's Sandbox: the answer to create and connect."""
     assert sandbox.handle is not None
-    return _head(sandbox) | {"envdAccessToken": sandbox.handle["token"], "domain": None, "trafficAccessToken": None}
+    return _head(sandbox) | {"envdAccessToken": sandbox.handle["token"], "domain": settings.GATEWAY_DOMAIN or None}
 
 
 def listed(sandbox: Sandbox) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def detail(sandbox: Sandbox) -> dict[str, Any]:
     assert sandbox.handle is not None
     return listed(sandbox) | {
         "envdAccessToken": sandbox.handle["token"],
-        "domain": None,
+        "domain": settings.GATEWAY_DOMAIN or None,
         "allowInternetAccess": False,
         "lifecycle": {"autoResume": False, "onTimeout": "kill"},
     }

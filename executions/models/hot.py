@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from django.db import connection, models
+from django.db.models.query import get_related_populators
 
 
 @cache
@@ -31,6 +32,46 @@ def insert(rows: Sequence[models.Model]) -> None:
             cursor.execute(statement, [_adapted(value) for value in values])
             row._state.adding = False
             row._state.db = connection.alias
+
+
+class Compiled:
+    """A queryset that Django compiles once; each call fills in the parameters and gives whole model instances.
+
+    Writing the SQL is four fifths of what a small SELECT costs. `build` is called with one text per parameter and must
+    put each into the query as it is (keys and the like are texts here).
+    """
+
+    def __init__(self, build: Callable[..., models.QuerySet]) -> None:
+        self.build = build
+        self.prepared: dict[str, tuple] = {}  # by vendor
+
+    def __call__(self, *values: str) -> list[Any]:
+        statement, order, read = self.prepared.get(connection.vendor) or self._prepare(len(values))
+        with connection.cursor() as cursor:
+            cursor.execute(statement, [values[n] if isinstance(n, int) else n[0] for n in order])
+            return [read(list(row)) for row in cursor.fetchall()]
+
+    def _prepare(self, count: int) -> tuple:
+        marks = [f"parameter {n}" for n in range(count)]
+        compiler = self.build(*marks).query.get_compiler(connection=connection)
+        statement, parameters = compiler.as_sql()
+        order = [marks.index(p) if p in marks else (p,) for p in parameters]
+        info, converters = compiler.klass_info, compiler.get_converters([column[0] for column in compiler.select])
+        first, last = info["select_fields"][0], info["select_fields"][-1] + 1
+        names = [column[0].target.attname for column in compiler.select[first:last]]
+        related = get_related_populators(info, compiler.select, connection.alias)  # type: ignore[call-arg]
+
+        def read(row: list[Any]) -> Any:
+            for position, (steps, expression) in converters.items():
+                for step in steps:
+                    row[position] = step(row[position], expression, connection)
+            found = info["model"].from_db(connection.alias, names, row[first:last])
+            for populator in related:
+                populator.populate(row, found)
+            return found
+
+        self.prepared[connection.vendor] = (statement, order, read)
+        return self.prepared[connection.vendor]
 
 
 def _adapted(value: Any) -> Any:

@@ -26,7 +26,7 @@ def limits(*, caller: Caller) -> list[LimitShape]:
     caller.needs(Scope.READ)
     now, zone = timezone.now(), caller.team.time_zone
     shapes = []
-    for quota in quotas.of(caller).select_related("team", "agent", "key"):
+    for quota in quotas.of(caller):
         start = quotas.window_start(quota.window, zone, now)
         stale = start is not None and quota.window_started_at < start
         used = 0 if stale else quotas.in_use(quota)

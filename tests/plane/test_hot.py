@@ -1,6 +1,7 @@
 """The statements written as SQL give what the ORM gives, and the planner finds the small index."""
 
 from copy import copy
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,8 +9,9 @@ from asgiref.sync import async_to_sync
 from django.db import connection
 from django.db.models import Q
 
-from executions import operations
+from executions import keys, operations, quotas
 from executions.models import (
+    ApiKey,
     Attempt,
     Event,
     Execution,
@@ -56,6 +58,25 @@ def test_a_row_is_moved_from_the_state_it_is_in_and_from_no_other(caller):
 
     stored = Execution.objects.filter(pk=execution.pk).values("state", "running_at", "metadata", "error_value").get()
     assert stored == {"state": "running", "running_at": NOW, "metadata": {"x": [1]}, "error_value": ""}
+
+
+@pytest.mark.django_db
+def test_a_compiled_query_gives_what_the_orm_gives(caller, team):
+    Quota.objects.create(unit="executions", window="total", limit=1)
+    Quota.objects.create(team=team, unit="executions", window="day", limit=2)
+    Quota.objects.create(agent=caller.agent, unit="nano_usd", window="month", limit=3)
+    token = keys.make_key(team=team, agent=caller.agent, name="n", scopes=["run"], expires_at=NOW + timedelta(999))[1]
+    stored = ApiKey.objects.select_related("team", "agent__template").get(name="n")
+
+    read = keys.authenticate(token).key
+    for field in ("pk", "scopes", "expires_at", "created_at", "digest", "revoked_at"):
+        assert getattr(read, field) == getattr(stored, field)
+    assert read.agent.template == stored.agent.template
+    assert (read.agent.route, read.agent.created_at) == (stored.agent.route, stored.agent.created_at)
+    assert vars(read.team).keys() == vars(stored.team).keys()
+    found = [(q.limit, q.window_started_at, q.team, q.agent, q.key) for q in quotas.of(caller)]
+    assert found == [(q.limit, q.window_started_at, q.team, q.agent, q.key) for q in Quota.objects.order_by("id")]
+    assert quotas.of(replace(caller, agent=None, key=None))[-1].limit == 2
 
 
 @pytest.mark.django_db

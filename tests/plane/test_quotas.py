@@ -172,7 +172,7 @@ def test_ten_at_once_against_a_quota_of_three_never_see_four(caller):
 
     results = race(10, lambda: operations.submit(caller=caller, request=asks()))
 
-    assert sum(isinstance(r, Execution) for r in results) == 3 == Execution.objects.count()
+    assert sum(isinstance(r, Execution) for r in results) == 3 == Execution.objects.count(), results
     assert sum(isinstance(r, QuotaExceeded) for r in results) == 7
 
 

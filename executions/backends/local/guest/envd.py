@@ -5,17 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import inspect
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from . import commands, files, filesystem
+from .connect import STATUS, ConnectError
 from .http import Refused, Request
-
-STATUS = {
-    "invalid_argument": 400, "unauthenticated": 401, "permission_denied": 403, "not_found": 404, "already_exists": 409,
-    "resource_exhausted": 429, "failed_precondition": 400, "unimplemented": 501, "internal": 500, "unavailable": 503,
-}  # fmt: skip
 
 
 def _error(status: int, message: str) -> Refused:
@@ -37,8 +34,8 @@ def handler(agent: Any) -> Callable[[Request], Awaitable[None]]:
                 await files.receive(request)
             case "GET", "/envs":
                 await request.answer(200, agent.plan["env"])
-            case "POST", "/process.Process/Start":
-                await started.start(request)
+            case "POST", path if path.removeprefix("/process.Process/") in started.streams:
+                await started.stream(request, path.removeprefix("/process.Process/"))
             case "POST", path if path.startswith("/process.Process/"):
                 await _unary(request, started.unary, path)
             case "POST", path if path.startswith("/filesystem.Filesystem/"):
@@ -53,10 +50,12 @@ async def _unary(request: Request, services: dict[str, Callable], path: str) -> 
     service = services.get(path.rpartition("/")[2])
     try:
         if service is None:
-            raise commands.ConnectError("unimplemented", f"{path} is not there")
+            raise ConnectError("unimplemented", f"{path} is not there")
         answer = service(await request.json())
-    except commands.ConnectError as refusal:
-        raise Refused(STATUS[refusal.code], {"code": refusal.code, "message": refusal.message}) from None
+        if inspect.isawaitable(answer):
+            answer = await answer
+    except ConnectError as refusal:
+        raise Refused(STATUS[refusal.code], refusal.described()) from None
     await request.answer(200, answer)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from .commands import ConnectError
+from .connect import ConnectError
 from .files import HOME, resolved
 from .http import Refused
 
