@@ -24,10 +24,11 @@ pages = ASGIStaticFilesHandler(django)
 
 async def http(scope, receive, send):
     """A path switch before Django: each request pays only for what its own door needs."""
+    scope = e2b.addressed(scope)
     path = scope["path"]
     if path in ("/mcp", "/mcp/"):
         return await mcp.application(scope, receive, send)
-    if e2b.is_for(path):
+    if e2b.is_for(scope):
         return await e2b.data(scope, receive, send)
     if path.startswith("/static/"):
         return await pages(scope, receive, send)

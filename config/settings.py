@@ -149,6 +149,7 @@ CACHES = {
 
 # Where sandboxes come from; the order is the default route.
 E2B_API_KEY = env.str("E2B_API_KEY", default="")
+GATEWAY_DOMAIN = env.str("SANDGATE_E2B_DOMAIN", default="").lower()  # its api.* and *.* lead here
 TEMPLATE_PYTHON = env.str("SANDGATE_TEMPLATE_PYTHON", default="")  # else var/templates/<hash>/bin/python
 SANDBOXES: dict[str, dict] = {}
 if E2B_API_KEY:

@@ -60,7 +60,7 @@ def addressed(scope: Any) -> Any:
 def is_for(scope: Any) -> bool:
     """Whether a request is for the data plane: its host name or its path decides, never a header of E2B's."""
     path = scope["path"]
-    return BY_HOST in scope or path.startswith(PREFIX + "/") and path.split("/", 3)[2] not in CONTROL
+    return BY_HOST in scope or (path.startswith(PREFIX + "/") and path.split("/", 3)[2] not in CONTROL)
 
 
 async def data(scope: Any, receive: Any, send: Any) -> None:

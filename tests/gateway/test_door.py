@@ -111,4 +111,45 @@ async def test_a_server_that_cannot_stream_says_which_can(db):
     ],
 )
 def test_the_path_alone_decides_which_plane_it_is(path, is_data):
-    assert data.is_for(path) is is_data
+    assert data.is_for({"path": path, "headers": [(b"e2b-sandbox-id", b"x")]}) is is_data
+
+
+# With a wildcard domain
+
+
+def scope_of(host: str, path: str = "/files") -> dict[str, Any]:
+    headers = [(b"host", host.encode()), (b"e2b-sandbox-id", b"other")]
+    return {"path": path, "headers": headers}
+
+
+def test_a_host_name_says_which_sandbox_and_no_header_says_otherwise(settings):
+    settings.GATEWAY_DOMAIN = "sbx.example.org:8443"
+    scope = data.addressed(scope_of("49983-abc0.SBX.example.org:8443", "/sandboxes"))
+
+    assert data.is_for(scope)
+    assert scope["path"] == "/e2b/sandboxes"
+    assert [value for name, value in scope["headers"] if name.startswith(b"e2b-")] == [b"abc0", b"49983"]
+
+
+def test_the_api_host_is_the_control_plane(settings):
+    settings.GATEWAY_DOMAIN = "sbx.example.org"
+    scope = data.addressed(scope_of("api.sbx.example.org", "/v2/sandboxes"))
+
+    assert (scope["path"], data.is_for(scope)) == ("/e2b/v2/sandboxes", False)
+
+
+@pytest.mark.parametrize(
+    "host", ["sandgate.example.org", "sbx.example.org", "a.b.sbx.example.org", "49983-a.evilsbx.example.org", ""]
+)
+def test_other_hosts_are_the_products_own(settings, host):
+    settings.GATEWAY_DOMAIN = "sbx.example.org"
+    scope = scope_of(host)
+
+    assert data.addressed(scope) is scope
+
+
+def test_without_a_domain_no_host_is_a_sandbox(settings):
+    settings.GATEWAY_DOMAIN = ""
+    scope = scope_of("49983-abc0.sbx.example.org")
+
+    assert data.addressed(scope) is scope

@@ -315,6 +315,41 @@ def test_the_agents_control_routes_are_not_there(raw, sandbox, path):
     assert raw.post(path, json={}, headers=addressed(sandbox)).status_code == 404
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//execute",
+        "/execute/",
+        "///x/execute",
+        "/%65xecute/",
+        "/x/../execute",
+        "/execute?x",
+        "/%2Fexecute",
+        "/health/../execute",
+    ],
+)
+def test_no_cell_gets_past_the_record(product, sandbox, path):
+    """The agent must never read another path than the one that the gateway has judged."""
+    url = urlsplit(product.url)
+    body = json.dumps({"code": "open('/tmp/past', 'w').write('x')"})
+    head = [f"{name}: {value}" for name, value in addressed(sandbox, 49999).items()]
+    request = [
+        f"POST /e2b{path} HTTP/1.1",
+        f"Host: {url.netloc}",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *head,
+    ]
+    with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+        client.sendall("\r\n".join([*request, "", body]).encode())
+        while client.recv(65536):
+            pass
+
+    with product.http() as http:
+        seen = http.get("/api/v1/executions", params={"session": f"sbx_{sandbox.sandbox_id}"}).json()["results"]
+    assert sandbox.files.exists("/tmp/past") is bool(seen)
+
+
 def test_a_sandbox_that_is_not_there_is_said_in_the_words_that_sdks_know(raw):
     answer = raw.get("/health", headers={"E2b-Sandbox-Id": "nosuch", "E2b-Sandbox-Port": "49983"})
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import urlsplit
 
+import httpx
 from e2b_code_interpreter import Sandbox
 
 from tests.gateway.conftest import options
@@ -68,3 +70,24 @@ def test_with_e2b_gone_the_run_succeeds_on_the_next_backend_and_says_why(templat
         "42",
     )
     assert session["backend"] == "local"
+
+
+def test_with_a_wildcard_domain_signed_urls_lead_into_the_sandbox(template_python):
+    with running_product(template_python, SANDGATE_E2B_DOMAIN="sbx.example.org") as product:
+        sandbox = Sandbox.create(timeout=60, **options(product))
+        host = sandbox.get_host(49983)
+        sandbox.files.write("/home/user/a.txt", "hello")
+        signed = urlsplit(sandbox.download_url("/home/user/a.txt", use_signature_expiration=60))
+        upload = urlsplit(sandbox.upload_url("/home/user/b.txt"))
+        with httpx.Client(base_url=product.url, headers={"Host": host}, trust_env=False) as client:
+            got = client.get(f"/files?{signed.query}")
+            forged = client.get(f"/files?{signed.query.replace('a.txt', 'b.txt')}")
+            put = client.post(f"/files?{upload.query}", files={"file": ("b.txt", b"there")})
+            listed = client.get("/sandboxes", headers={"Host": "api.sbx.example.org", "X-API-KEY": product.key})
+        back = sandbox.files.read("b.txt")
+        sandbox.kill()
+
+    assert host == f"49983-{sandbox.sandbox_id}.sbx.example.org"
+    assert (got.status_code, got.text, forged.status_code) == (200, "hello", 401)
+    assert (put.status_code, back) == (200, "there")
+    assert [entry["sandboxID"] for entry in listed.json()] == [sandbox.sandbox_id]
