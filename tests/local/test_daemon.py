@@ -225,6 +225,111 @@ async def test_a_client_that_leaves_kills_nothing_and_a_signal_does(backend):
     assert unknown[0] == 404
 
 
+class Stream:
+    """An open call of the process service, read message by message."""
+
+    def __init__(self, answer: http.Answer) -> None:
+        self._pieces, self._held = answer.pieces(), bytearray()
+
+    async def event(self) -> dict:
+        while len(self._held) < 5 or len(self._held) < 5 + struct.unpack(">I", self._held[1:5])[0]:
+            self._held += await anext(self._pieces)
+        size = struct.unpack(">I", self._held[1:5])[0]
+        message = json.loads(self._held[5 : 5 + size])
+        del self._held[: 5 + size]
+        return message.get("event", message)
+
+    async def said(self, name: str, until: bytes) -> bytes:
+        """What came on one stream until this was said."""
+        got = b""
+        async with asyncio.timeout(10):
+            while until not in got:
+                got += base64.b64decode((await self.event()).get("data", {}).get(name, ""))
+        return got
+
+
+@contextlib.asynccontextmanager
+async def opened(handle, method: str, message: dict):
+    data = json.dumps(message).encode()
+    body, headers = struct.pack(">BI", 0, len(data)) + data, {"x-access-token": handle["token"]}
+    async with http.request(
+        handle["dir"], 49983, "POST", f"/process.Process/{method}", body=body, headers=headers
+    ) as answer:
+        yield Stream(answer)
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+async def test_a_process_takes_input_until_it_is_closed(backend):
+    async with sandbox(backend) as handle, opened(handle, "Start", {"process": {"cmd": "/bin/cat"}}) as stream:
+        selector = {"process": {"pid": (await stream.event())["start"]["pid"]}}
+        await call(handle, "process.Process/SendInput", selector | {"input": {"stdin": encoded(b"one\n")}})
+        said = await stream.said("stdout", b"one\n")
+        wrong, _ = await call(handle, "process.Process/SendInput", selector | {"input": {"pty": encoded(b"x")}})
+        frames = [{"start": selector}, {"data": {"input": {"stdin": encoded(b"two\n")}}}, {"keepalive": {}}]
+        body = b"".join(struct.pack(">BI", 0, len(d)) + d for d in (json.dumps(f).encode() for f in frames))
+        _, answer = await send(handle, "POST", "/process.Process/StreamInput", body)
+        said += await stream.said("stdout", b"two\n")
+        await call(handle, "process.Process/CloseStdin", selector)
+        end = await stream.event()
+
+    assert said == b"one\ntwo\n"
+    assert wrong == 500
+    assert envelopes(answer) == [(0, {}), (2, {})]
+    assert end["end"]["exitCode"] == 0
+
+
+async def test_a_process_is_connected_to_while_it_runs_and_shortly_after(backend):
+    async with sandbox(backend) as handle:
+        start_it = {"process": {"cmd": "/bin/bash", "args": ["-c", "read line; echo got $line; exit 7"]}, "tag": "mine"}
+        async with opened(handle, "Start", start_it) as stream:
+            await stream.event()
+        async with opened(handle, "Connect", {"process": {"tag": "mine"}}) as one:
+            async with opened(handle, "Connect", {"process": {"tag": "mine"}}) as other:
+                await one.event()
+                await other.event()
+                line = {"process": {"tag": "mine"}, "input": {"stdin": encoded(b"it\n")}}
+                await call(handle, "process.Process/SendInput", line)
+                both = [await stream.said("stdout", b"\n") for stream in (one, other)]
+                ends = [await stream.event() for stream in (one, other)]
+        async with opened(handle, "Connect", {"process": {"tag": "mine"}}) as late:
+            started, ended = await late.event(), await late.event()
+        async with opened(handle, "Connect", {"process": {"pid": 4000}}) as unknown:
+            refused = await unknown.event()
+
+    assert both == [b"got it\n"] * 2
+    assert [end["end"]["exitCode"] for end in (*ends, ended)] == [7, 7, 7]
+    assert "start" in started
+    assert refused["error"]["code"] == "not_found"
+
+
+async def test_a_terminal_is_one(backend):
+    process = {"cmd": "/bin/bash", "args": ["-i", "-l"], "envs": {"TERM": "xterm"}}
+    async with (
+        sandbox(backend) as handle,
+        opened(handle, "Start", {"process": process, "pty": {"size": {"cols": 91, "rows": 33}}}) as stream,
+    ):
+        selector = {"process": {"pid": (await stream.event())["start"]["pid"]}}
+
+        async def typed(line: bytes, until: bytes) -> bytes:
+            await call(handle, "process.Process/SendInput", selector | {"input": {"pty": encoded(line)}})
+            return await stream.said("pty", until)
+
+        await typed(b"stty size; test -t 0 && echo is_a_$((1+1))_tty\n", b"33 91\r\nis_a_2_tty")
+        await call(handle, "process.Process/Update", selector | {"pty": {"size": {"cols": 50, "rows": 20}}})
+        await typed(b"stty size\n", b"20 50")
+        await typed(b"sleep 600\n", b"sleep 600")
+        await typed(b"\x03", b"^C")  # the terminal interrupts it
+        await typed(b"echo $((6*7))\n", b"42")
+        await typed(b"exit 5\n", b"exit")
+        while "end" not in (event := await stream.event()):
+            pass
+
+    assert event["end"]["exitCode"] == 5
+
+
 async def test_what_is_not_a_process_is_refused_in_the_stream(backend):
     async with sandbox(backend) as handle:
         message = json.dumps({"process": {"cmd": "/bin/true", "cwd": "/nowhere"}}).encode()

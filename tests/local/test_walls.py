@@ -566,7 +566,9 @@ async def test_packages_put_into_the_sandbox_are_found_by_every_python(backend):
         await backend.write_file(handle, "/home/user/.packages/brand_new.py", b"answer = 42")
         await backend.write_file(handle, "/home/user/.packages/json.py", b"raise SystemError")
         in_a_cell = await value(backend, handle, "import brand_new\nbrand_new.answer")
-        events = [e async for e in backend.run_command(handle, "python -c 'import brand_new, json; print(brand_new.answer)'")]
+        events = [
+            e async for e in backend.run_command(handle, "python -c 'import brand_new, json; print(brand_new.answer)'")
+        ]
 
     in_a_script = "".join(event.data["text"] for event in events if event.kind == "stdout")
     assert (in_a_cell, in_a_script) == (42, "42\n")
