@@ -131,7 +131,7 @@ async def test_multipart_files_arrive_however_they_are_cut(backend, piece):
 async def test_a_full_disk_is_507_and_a_folder_400(backend):
     async with sandbox(backend, disk_mib=4) as handle:
         status, _ = await send(
-            handle, "POST", "/files?path=/tmp/big", b"x" * (8 << 20), content_type="application/octet-stream"
+            handle, "POST", "/files?path=/tmp/big", b"x" * (40 << 20), content_type="application/octet-stream"
         )
         folder, _ = await send(handle, "GET", "/files?path=/home/user")
         missing, body = await send(handle, "GET", "/files?path=/home/user/none")

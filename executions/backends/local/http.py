@@ -107,10 +107,10 @@ async def request(
             f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         )
         try:
-            writer.write(head.encode("latin-1"))
             if isinstance(body, bytes):
-                writer.write(body)
+                writer.write(head.encode("latin-1") + body)
             else:
+                writer.write(head.encode("latin-1"))
                 await _send_pieces(reader, writer, body)
             answer = await _head(reader)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as problem:

@@ -171,19 +171,15 @@ async def _handle(request: Request, handler: Handler) -> None:
     if status is not None:
         if request.begun:
             raise ConnectionError("failed in mid-answer")  # closing is the only way left to say so
-        if request.headers.get("transfer-encoding") or request.headers.get("content-length", "0") != "0":
-            request.keep_alive = request._body is not None and await _drained(request)
+        if request.headers.get("expect") and request._body is None:
+            request.keep_alive = False  # it waits to hear whether it may send its body
+        else:
+            await _read_away(request)  # first: a client that still sends would not see an answer, only a broken pipe
         await request.answer(status, body)
         return
-    async for _ in request.body():  # an unread body would be taken for the next request
+    await _read_away(request)  # an unread body would be taken for the next request
+
+
+async def _read_away(request: Request) -> None:
+    async for _ in request.body():
         pass
-
-
-async def _drained(request: Request) -> bool:
-    """Read away what is left of a refused body; False where that is too much."""
-    left = BODY_LIMIT
-    async for piece in request.body():
-        left -= len(piece)
-        if left < 0:
-            return False
-    return True
