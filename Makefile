@@ -16,10 +16,10 @@ run:
 test: test-sqlite test-postgresql
 
 test-sqlite: tools chromium
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-postgresql: tools
-	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 -m "not product and not browser and not runtime" $(ARGS)
+	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 --dist loadfile -m "not product and not browser and not runtime" $(ARGS)
 
 test-e2b: tools
 	@[ -n "$(E2B_API_KEY)" ] || { echo "This needs a key of E2B's: E2B_API_KEY=e2b_… make test-e2b"; exit 2; }

@@ -99,9 +99,12 @@ def chromium() -> str:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium: str):
-    """Debian's chromium under playwright; a page comes from browser.new_page()."""
+    """Debian's chromium under playwright; a page comes from browser.new_page().
+
+    Of one module, as playwright keeps an event loop on this thread, where coroutine tests need one of their own.
+    """
     from playwright.sync_api import sync_playwright
 
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

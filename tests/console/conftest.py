@@ -26,7 +26,7 @@ def sign_in_link(product: Product) -> str:
     return next(word for word in said.split() if "/sign-in/" in word)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def signed_in(product: Product, browser) -> dict:
     """The browser's memory after the operator has followed a link."""
     context = browser.new_context()
