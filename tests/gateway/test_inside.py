@@ -18,6 +18,7 @@ from e2b import (
     FileNotFoundException,
     InvalidArgumentException,
     NotFoundException,
+    PtySize,
     SandboxException,
     SandboxNotRunningException,
     TimeoutException,
@@ -230,6 +231,25 @@ async def test_a_sandbox_killed_in_mid_command_is_not_running(mine):
         await running.wait()
     with pytest.raises(SandboxNotRunningException):
         await sandbox.commands.run("true")
+
+
+def test_a_command_is_typed_into_and_joined_later(sandbox):
+    reading = sandbox.commands.run("cat", background=True, stdin=True)
+    sandbox.commands.send_stdin(reading.pid, "typed\n")
+    joined = sandbox.commands.connect(reading.pid)
+    sandbox.commands.close_stdin(reading.pid)
+
+    assert reading.wait().stdout == "typed\n"
+    assert joined.wait().exit_code == 0
+
+
+def test_a_terminal_is_one(sandbox):
+    shown: list[bytes] = []
+    terminal = sandbox.pty.create(PtySize(24, 80), timeout=20)
+    sandbox.pty.send_stdin(terminal.pid, b"echo $((6 * 7)) $(tput cols); exit\n")
+    terminal.wait(on_pty=lambda piece: shown.append(bytes(piece)))
+
+    assert b"42 80" in b"".join(shown)
 
 
 # Files
