@@ -21,6 +21,7 @@ class Capabilities:
     """What a backend can do; everything defaults to no."""
 
     languages: frozenset[str] = frozenset({"python"})
+    executes: bool = False  # code really runs; a simulated backend says what comments in the code tell it
     commands: bool = False
     files: bool = False
     contexts: bool = False
@@ -119,7 +120,7 @@ class Backend:
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
-    isolation: str = "none"  # none, reduced, namespaces, microvm: the floor of agents compares in this order
+    isolation: str = "none"  # none, reduced, namespaces, microvm, simulated: the floor of agents compares in this order
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
         self.alias = alias

@@ -66,7 +66,13 @@ class E2BBackend(Backend):
     E2B's own. The sizes of a sandbox are those of its template; `limits` cannot change them."""
 
     capabilities = Capabilities(
-        languages=frozenset(LANGUAGES), commands=True, files=True, contexts=True, packages=True, internet=True
+        executes=True,
+        languages=frozenset(LANGUAGES),
+        commands=True,
+        files=True,
+        contexts=True,
+        packages=True,
+        internet=True,
     )
     isolation = "microvm"
 

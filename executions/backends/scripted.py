@@ -18,6 +18,7 @@ from executions.backends.base import Backend, Capabilities, Check, Event, Handle
 from executions.errors import BackendError, BackendUnavailable, RunTimedOut, SandboxLost
 from executions.states import LANGUAGES
 
+LOOK_SECONDS = 0.05
 DIRECTIVE = re.compile(r"#(>|!>|=|!|~) ?(.*)$")
 
 
@@ -113,13 +114,19 @@ class ScriptedBackend(Backend):
                     yield Event("error", {"name": name, "value": value, "traceback": f"{name}: {value}"})
                     return
                 case "~":
-                    left = timeout_seconds - (time.monotonic() - started)
-                    await asyncio.sleep(min(float(text), max(left, 0)))
-                    if float(text) > left:
+                    await self._take(handle, min(float(text), max(0, started + timeout_seconds - time.monotonic())))
+                    if time.monotonic() >= started + timeout_seconds:
                         raise RunTimedOut
         if self.behaves == "dies_mid_run":
             self.machines[handle["sandbox_id"]].died = time.monotonic()
             raise SandboxLost("The machine died.")
+
+    async def _take(self, handle: Handle, seconds: float) -> None:
+        """Let time pass. Raises SandboxLost soon after the machine has died."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, LOOK_SECONDS))
+            self._machine(handle)
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:
         self._machine(handle).ends = time.monotonic() + seconds

@@ -37,6 +37,7 @@ class LocalBackend(Backend):
     """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; TEMPLATES, {name: python}."""
 
     capabilities = Capabilities(
+        executes=True,
         languages=frozenset({"python", "bash"}),
         commands=True,
         files=True,

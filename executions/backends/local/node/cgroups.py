@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,10 @@ class Tree:
             self._delegate(base)
         else:
             self.parents = {c: base / c / f"sandgate-{name}" for c in V1_CONTROLLERS}
+        self._claim = _claimed(name)
+        if self._claim is None:
+            raise OSError(f"another node uses the groups of {name}")
+        sweep(base, self.version)
         self.remove_leftovers()
         for parent in self.parents.values():
             parent.mkdir(exist_ok=True)
@@ -141,3 +147,27 @@ class Tree:
         for parent in self.parents.values():
             if parent.is_dir():
                 parent.rmdir()
+
+
+def _claimed(name: str) -> socket.socket | None:
+    """A claim to the groups of this name, which the kernel lets go of with the process; None where a live node has it."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0sandgate-groups-{name}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
+
+
+def sweep(base: Path, version: int, *, unused_seconds: float = 3600) -> None:
+    """Remove the empty groups of nodes that were killed and never started again."""
+    for top in (base,) if version == 2 else (base / controller for controller in V1_CONTROLLERS):
+        for folder in top.glob("sandgate-*"):
+            if time.time() - folder.stat().st_mtime < unused_seconds:
+                continue
+            if (claim := _claimed(folder.name.removeprefix("sandgate-"))) is None:
+                continue
+            with claim, contextlib.suppress(OSError):  # not empty: then it is somebody's after all
+                for child in [*(path for path in folder.iterdir() if path.is_dir()), folder]:
+                    child.rmdir()
