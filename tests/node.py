@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -45,6 +46,17 @@ def running_node(python: Path, *, ready: bool = True, **popen) -> Iterator[Runni
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.returncode == -signal.SIGKILL:
+                _tidy(run_dir)
+
+
+def _tidy(run_dir: Path) -> None:
+    """Let a successor remove the control groups of a node that was killed."""
+    successor = subprocess.Popen(local.command(run_dir, {}), stdin=subprocess.DEVNULL)
+    while not ask(run_dir, op="check") and successor.poll() is None:
+        time.sleep(0.01)
+    successor.terminate()
+    successor.wait(10)
 
 
 def wait_ready(process: subprocess.Popen[bytes], run_dir: Path) -> None:
