@@ -192,7 +192,7 @@ def main() -> None:
                 _pin(int(task.name), 0)
             asyncio.run(fresh_and_warm(node))
         bwrap_per_run(python)
-        with servers.folder() as data, server(data, "", python) as (port, key):
+        with servers.folder() as data, server(data, f"sqlite:///{data}/bench.sqlite3", python) as (port, key):
             asyncio.run(through_rest(port, key))
     if part in ("all", "plane"):
         with servers.folder() as data:
