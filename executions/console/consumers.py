@@ -56,6 +56,7 @@ class Socket(AsyncJsonWebsocketConsumer):
         self.seen: dict[str, int] = {}
         self.told: dict[str, str] = {}  # execution: the last state that was sent
         self.clients: dict[str, str] = {}  # execution: the client_id that asked for it here
+        self.asking = asyncio.Lock()  # nothing is told of an execution before it is known who asked for it
         self.outstanding: deque[tuple[str, int, int]] = deque()
         self.caught_up = False
         try:
@@ -141,7 +142,9 @@ class Socket(AsyncJsonWebsocketConsumer):
     async def look(self) -> bool:
         """Say what is new; True while something runs."""
         busy = False
-        for execution in await rows(self.followed):
+        async with self.asking:
+            followed = await rows(self.followed)
+        for execution in followed:
             if execution.pk not in self.told:
                 await self.channel_layer.group_add(journal.group_name(execution.pk), self.channel_name)
                 self.told[execution.pk] = ""
@@ -287,8 +290,9 @@ class SessionSocket(Socket):
         asked = {name: content[name] for name in ("code", "language", "timeout_seconds") if name in content}
         request = parse(Submission, {**asked, "session_id": self.id, "agent": self.agent})
         once = f"console {client_id}" if client_id else None
-        execution = await rows(operations.submit, caller=self.caller, request=request, idempotency_key=once)
-        self.clients[execution.pk] = client_id
+        async with self.asking:
+            execution = await rows(operations.submit, caller=self.caller, request=request, idempotency_key=once)
+            self.clients[execution.pk] = client_id
         if not execution.replayed:
             operations.start(execution)
         elif self.told.pop(execution.pk, None):

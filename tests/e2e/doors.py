@@ -148,13 +148,13 @@ class Websocket:
                 said = json.loads(raw)
                 if said["type"] == "notice":
                     raise AssertionError(said)
-                if said["type"] == "state" and said.get("client_id") == asked["client_id"]:
-                    mine, shape["state"], shape["id"] = said["execution_id"], said["state"], said["execution_id"]
-                    if said["state"] not in ("queued", "starting", "running"):
-                        return shape
-                if said.get("execution_id") != mine:
+                if said["type"] == "execution" and said["client_id"] == asked["client_id"]:
+                    mine = shape["id"] = said["execution_id"]
+                if mine is None or said.get("execution_id") != mine:
                     continue
                 match said["type"]:
+                    case "state" if said["state"] not in ("queued", "starting", "running"):
+                        return shape | {"state": said["state"]}
                     case "stdout" | "stderr" as stream:
                         shape["logs"][stream] += said["text"]
                     case "result":
