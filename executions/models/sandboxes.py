@@ -25,6 +25,15 @@ class Template(models.Model):
     disk_mib = models.PositiveIntegerField(default=512)
     env = models.JSONField(default=dict, blank=True, help_text="Environment variables of every sandbox; never secrets.")
     e2b_template = models.CharField(max_length=100, blank=True, help_text="E2B's id; empty: code-interpreter-v1.")
+    packages = models.JSONField(
+        default=list, blank=True, help_text="Requirements beside the shipped ones, such as emoji>=2; wheels only."
+    )
+    files = models.JSONField(default=dict, blank=True, help_text="Path to text: what every fresh sandbox finds.")
+    start_command = models.TextField(
+        blank=True, help_text="Run once in each fresh sandbox before it is handed out, for at most 30 s."
+    )
+    warm = models.BooleanField(default=True, help_text="Kept ready on this machine; off: warmed up on demand.")
+    build = models.PositiveIntegerField(default=0, editable=False, help_text="Raised to have it built anew.")
     is_active = models.BooleanField(default=True)
 
     class Meta:
@@ -36,6 +45,12 @@ class Template(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def own_content(self) -> str:
+        """What it holds that another provider's standard template does not; empty where there is nothing."""
+        held = {"packages": self.packages, "files": self.files, "a start command": self.start_command}
+        return ", ".join(name for name, value in held.items() if value)
 
 
 class SandboxQuerySet(models.QuerySet):
