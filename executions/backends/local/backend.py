@@ -27,7 +27,7 @@ from executions.errors import (
 )
 
 ENVD, INTERPRETER = 49983, 49999
-NODE_SECONDS = 60
+NODE_SECONDS = 90  # a template may warm up first, and run its start command
 STOP_SECONDS = 5  # for the agent to stop a run; after that the sandbox is ended
 LINE_LIMIT = 96 << 20
 TYPES = {"FILE_TYPE_DIRECTORY": "directory", "FILE_TYPE_SYMLINK": "symlink"}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import envd, http, interpreter, landlock, python_context
+from . import beginning, envd, http, interpreter, landlock, python_context
 from .contexts import Context
 from .nursery import Nursling
 from .processes import Reaper
@@ -61,6 +61,11 @@ async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling, 
     ports = [socket.socket(fileno=listener) for listener in listeners]
     handlers = (envd.handler(agent), interpreter.handler(agent))
     servers = [await http.serve(port, handler) for port, handler in zip(ports, handlers, strict=True)]
+    try:
+        await beginning.begin(agent)
+    except OSError as problem:
+        node.send(str(problem).encode()[:3000])
+        return
     node.send(b"ready")
     node.close()
     await asyncio.gather(*(server.serve_forever() for server in servers))

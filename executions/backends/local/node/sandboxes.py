@@ -20,6 +20,7 @@ from node.uids import Block
 from node.unborn import Unborn, dead
 
 PORTS = (49983, 49999)
+START_SECONDS = 35  # for a template's start command; the agent stops it after 30
 RESERVED_PROCESSES = 32  # of the control group, beyond the guest's own: the agent must still be able to act
 
 
@@ -38,6 +39,8 @@ class Sandbox:
         self.metadata: dict[str, str] = request.get("metadata", {})
         self.limits: dict[str, int] = request["limits"]
         self.env: dict[str, str] = request.get("env", {})
+        self.files: dict[str, str] = {}
+        self.start_command = ""
         self.folder = folder
         self.token = secrets.token_hex(16)
         self.started_at = datetime.now(UTC).isoformat()
@@ -74,9 +77,9 @@ class Sandbox:
                     self.group.add(pid)  # first limits, then life
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": self.limits, "env": self.env,
-                "token": self.token, "limit_data": tree is None,
+                "token": self.token, "limit_data": tree is None, "files": self.files, "start_command": self.start_command,
             }  # fmt: skip
-            await unborn.be_born(plan, listeners)
+            await unborn.be_born(plan, listeners, START_SECONDS if self.start_command else 0)
             self.alive = True
         except (OSError, TimeoutError) as problem:
             raise Refusal("unavailable", f"The sandbox could not be made: {problem or 'no answer in time'}") from None

@@ -28,12 +28,14 @@ from typing import Any
 from guest import landlock, linux, seccomp
 from node.cgroups import Tree
 from node.sandboxes import Refusal, Sandbox
+from node.templates import Content, Template
 from node.uids import Block
 from node.zygotes import Zygote
 
 WATCHDOG_SECONDS = 0.1
 READY_SECONDS = 30  # how long create() waits for a zygote that warms up
 IDENTIFIER = re.compile(r"[a-z0-9]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LIMITS = {
     "memory_mib": (64, 1 << 20), "cpu_count": (1, 1024), "disk_mib": (1, 1 << 20), "processes": (4, 1 << 16),
     "output_bytes": (1, 1 << 40),
@@ -46,7 +48,9 @@ class Node:
         self.root = linux.has_capabilities()
         self.block = Block() if self.root else None
         self.tree, self.without_cgroups = self._tree()
-        self.zygotes = {name: Zygote(name, python, run_dir, self.block) for name, python in templates.items()}
+        self.templates: dict[str, Template] = {}
+        self._lives: dict[str, asyncio.Task[None]] = {}  # of the templates
+        self._first = {name: Content(python=python) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
         self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,10 +84,11 @@ class Node:
             value = request.get("limits", {}).get(name)
             if not isinstance(value, int) or not least <= value <= most:
                 raise Refusal("invalid", f"limits.{name} must be between {least} and {most}.")
-        zygote = await self._ready(request.get("template"))
+        template, zygote = await self._ready(request.get("template"))
         if request.get("network"):
             raise Refusal("invalid", "The local runtime has no network.")
         sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
+        sandbox.files, sandbox.start_command = template.content.files, template.content.start_command
         try:
             await sandbox.be_born(await zygote.unborn(), self.tree)
         except OSError as problem:
@@ -96,17 +101,40 @@ class Node:
         self._background(self._bury(sandbox))
         return sandbox.described() | {"boot_ms": sandbox.boot_ms}
 
-    async def _ready(self, name: Any) -> Zygote:
-        zygote = self.zygotes.get(name)
-        if zygote is None:
-            raise Refusal("unavailable", f"This node has no template {name!r}.")
+    async def _ready(self, name: Any) -> tuple[Template, Zygote]:
+        template = self.templates.get(name)
+        if template is None:
+            known = ", ".join(self.templates) or "none"
+            raise Refusal("unavailable", f"This node has no template {name!r}; it has: {known}.")
         try:
-            await asyncio.wait_for(zygote.settled.wait(), READY_SECONDS)
+            return template, await asyncio.wait_for(template.ready(), READY_SECONDS)
         except TimeoutError:
-            raise Refusal("unavailable", f"Template {name} is still warming up.") from None
-        if zygote.state != "ready":
-            raise Refusal("unavailable", f"Template {name} is broken: {zygote.detail}")
-        return zygote
+            raise Refusal("unavailable", f"Template {name} is still warming up; try again in a minute.") from None
+        except OSError as problem:
+            raise Refusal("unavailable", f"Template {name} is broken: {problem}") from None
+
+    async def template(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have a template as the request says, from now on; without python and broken it is let go."""
+        name = request["name"]
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise Refusal("invalid", "name must be letters, digits, - and _.")
+        if "python" in request or "broken" in request:
+            self._have(name, Content.of(request))
+        elif name in self.templates:
+            del self.templates[name]
+            self._background(self._let_go(self._lives.pop(name)))
+        return {}
+
+    def _have(self, name: str, content: Content) -> None:
+        if name in self.templates:
+            self.templates[name].renew(content)
+            return
+        template = self.templates[name] = Template(name, content, self.run_dir, self.block)
+        self._lives[name] = asyncio.create_task(template.run())
+
+    async def _let_go(self, life: asyncio.Task[None]) -> None:
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
 
     async def _bury(self, sandbox: Sandbox) -> None:
         await sandbox.death()
@@ -150,7 +178,7 @@ class Node:
         return self._known(request).usage()
 
     async def check(self, request: dict[str, Any]) -> dict[str, Any]:
-        templates = {z.name: {"state": z.state, "detail": z.detail, **z.facts} for z in self.zygotes.values()}
+        templates = {name: template.described() for name, template in self.templates.items()}
         return {"templates": templates, "walls": self.walls(), "sandboxes": len(self.sandboxes)}
 
     def walls(self) -> dict[str, Any]:
@@ -158,7 +186,7 @@ class Node:
         abi = landlock.abi()
         known = linux.MACHINE in seccomp.ARCHITECTURES
         return {
-            "namespaces": any(z.state == "ready" for z in self.zygotes.values()) or self._why_no_namespaces(),
+            "namespaces": any(t.zygote is not None for t in self.templates.values()) or self._why_no_namespaces(),
             "uid": True if self.root else "Sandboxes have the node's own uid on the host. Start the node as root.",
             "capabilities": True,
             "cgroups": self.tree is not None or self.without_cgroups,
@@ -168,10 +196,10 @@ class Node:
         }
 
     def _why_no_namespaces(self) -> str:
-        said = [zygote.detail for zygote in self.zygotes.values() if zygote.detail]
+        said = [t.detail for t in self.templates.values() if t.detail]
         return said[0] if said else "Not tried yet: the templates are warming up."
 
-    OPERATIONS = ("create", "kill", "list", "set_timeout", "usage", "check")
+    OPERATIONS = ("create", "kill", "list", "set_timeout", "usage", "check", "template")
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -216,12 +244,14 @@ class Node:
         listener.bind(f"/proc/self/fd/{folder}/node.sock")
         os.chmod("node.sock", 0o600, dir_fd=folder)
         server = await asyncio.start_unix_server(self.connected, sock=listener, limit=1 << 20)
-        lives = [asyncio.create_task(zygote.run()) for zygote in self.zygotes.values()]
-        lives.append(asyncio.create_task(self.watch()))
+        for name, content in self._first.items():
+            self._have(name, content)
+        watching = asyncio.create_task(self.watch())
         await ended.wait()
         self.draining = True
         server.close()
         await asyncio.gather(*(self._end(sandbox) for sandbox in list(self.sandboxes.values())), return_exceptions=True)
+        lives = [watching, *self._lives.values()]
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)

@@ -78,10 +78,10 @@ class Unborn:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [self.pid, *map(int, children)]
 
-    async def be_born(self, plan: dict[str, Any], listeners: list[socket.socket]) -> None:
-        """Give it its plan and its sockets; returns when all walls stand and it serves. OSError otherwise."""
+    async def be_born(self, plan: dict[str, Any], listeners: list[socket.socket], more_seconds: float) -> None:
+        """Give it its plan and its sockets; returns when all walls stand and it serves. OSError or TimeoutError otherwise."""
         socket.send_fds(self._node, [json.dumps(plan).encode()], [listener.fileno() for listener in listeners])
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(SECONDS + more_seconds):
             await self._expect(b"ready")
         self._node.close()
 

@@ -1,4 +1,4 @@
-"""The zygote of a template as the node sees it: started in the background, restarted when it dies."""
+"""One zygote as the node sees it: its process, the sandboxes that it has forked, and the spares that wait for a name."""
 
 from __future__ import annotations
 
@@ -17,73 +17,60 @@ from node.uids import Block
 from node.unborn import Unborn
 
 WARM_SECONDS = 120
-RETRY_SECONDS = 5
 SPARES = 2
 REFILL_SECONDS = 0.03
 FACTS = "import json, sys; sys.stdout.write(json.dumps({'prefixes': [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]}))"
 
 
 class Zygote:
-    """`state` is warming, ready or broken; `detail` says why, `facts` what it has."""
+    """`facts` is what it has; `forks` counts the sandboxes that it has made, `ended` says that its process is gone."""
 
-    def __init__(self, name: str, python: str, run_dir: Path, block: Block | None) -> None:
-        self.name, self.python, self.run_dir, self.block = name, python, run_dir, block
-        self.state, self.detail = "warming", ""
+    def __init__(self, python: str, run_dir: Path, block: Block | None) -> None:
+        self.python, self.run_dir, self.block = python, run_dir, block
         self.facts: dict[str, Any] = {}
-        self.settled = asyncio.Event()
+        self.forks = 0
+        self.first_rss_bytes = 0
+        self.ended = asyncio.Event()
+        self._making = 0
+        self._born: set[Unborn] = set()
         self._control: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._plan: dict[str, Any] = {}
         self._spares: deque[Unborn] = deque()
         self._refilling: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Keep it alive until cancelled."""
-        try:
-            while True:
-                try:
-                    await self._once()
-                except (OSError, ValueError) as problem:
-                    self._settle("broken", str(problem))
-                await asyncio.sleep(RETRY_SECONDS)
-        finally:
-            await self._stop()
-
-    def _settle(self, state: str, detail: str = "") -> None:
-        self.state, self.detail = state, detail
-        self.settled.set()
-
-    async def _once(self) -> None:
+    async def start(self) -> None:
+        """Returns when it is warm and has shown that it can fork a sandbox. OSError or ValueError with the reason."""
         prefixes = root.prefixes(await self._ask_interpreter())
         shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
         self._plan = {"self_map": self.block is None, "shadowed": shadowed}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
+        self._control = ours
         plan = {
             "python": self.python, "prefixes": prefixes, "root": str(self.run_dir / "root"),
             "uid": self.block.zygote if self.block else None, "control": theirs.fileno(),
         }  # fmt: skip
         launcher = str(Path(__file__).parent)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", launcher, "launch", json.dumps(plan),
-            stdin=asyncio.subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], env={"LANG": "C.UTF-8"},
-        )  # fmt: skip
-        theirs.close()
-        self._control = ours
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", launcher, "launch", json.dumps(plan),
+                stdin=asyncio.subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], env={"LANG": "C.UTF-8"},
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        self._ending = asyncio.create_task(self._process.wait())
+        self._ending.add_done_callback(lambda task: self.ended.set())
         try:
             answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(ours, 1 << 16), WARM_SECONDS)
-            said = json.loads(answer or b"{}")
-            if "ready" in said:
-                self.facts = said["ready"]
-                await self._refill()  # the first one shows that namespaces can be had here
-                self._settle("ready")
-            else:
-                self._settle("broken", said.get("broken", "the zygote ended while it was starting"))
-            await self._process.wait()
-            if self.state == "ready":
-                self._settle("broken", "the zygote died; it is started again")
-        finally:
-            await self._stop()
+        except TimeoutError:
+            raise OSError(f"its packages were not imported within {WARM_SECONDS} s") from None
+        said = json.loads(answer or b"{}")
+        if "ready" not in said:
+            raise OSError(said.get("broken", "the zygote ended while it was starting"))
+        self.facts = said["ready"]
+        await self._refill()  # the first one shows that namespaces can be had here
+        self.first_rss_bytes = self.rss_bytes()
 
     async def _ask_interpreter(self) -> dict[str, Any]:
         if not os.access(self.python, os.X_OK):
@@ -96,14 +83,31 @@ class Zygote:
             raise OSError(f"{self.python} does not run")
         return json.loads(output)
 
+    def rss_bytes(self) -> int:
+        """Resident memory of the zygote itself; 0 when it is gone."""
+        assert self._process is not None
+        try:
+            launcher = f"/proc/{self._process.pid}"
+            child = Path(f"{launcher}/task/{self._process.pid}/children").read_text().split()[0]
+            return int(Path(f"/proc/{child}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):
+            return 0
+
+    def alive(self) -> int:
+        """How many of its sandboxes live, with those that are being made."""
+        self._born = {unborn for unborn in self._born if unborn.pidfd >= 0}
+        return len(self._born) + self._making
+
     async def unborn(self) -> Unborn:
         """A sandbox without a name: the spare one, or a new one. OSError where there is none to be had."""
-        if self._spares:
-            spare = self._spares.popleft()
-        elif self._control is not None:
-            spare = await Unborn.prepare(self._control, self._plan, self.block)
-        else:
+        if self._control is None:
             raise OSError("the zygote is gone")
+        self._making += 1
+        try:
+            spare = self._spares.popleft() if self._spares else await self._prepare()
+            self._born.add(spare)
+        finally:
+            self._making -= 1
         if self._refilling is None or self._refilling.done():
             self._refilling = asyncio.create_task(self._refill_later())
         return spare
@@ -115,14 +119,24 @@ class Zygote:
 
     async def _refill(self) -> None:
         while len(self._spares) < SPARES and self._control is not None:
-            self._spares.append(await Unborn.prepare(self._control, self._plan, self.block))
+            self._spares.append(await self._prepare())
 
-    async def _stop(self) -> None:
+    async def _prepare(self) -> Unborn:
+        assert self._control is not None
+        self.forks += 1
+        return await Unborn.prepare(self._control, self._plan, self.block)
+
+    async def give_up_spares(self) -> None:
+        """It makes no more sandboxes; those that live are left alone."""
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.gather(self._refilling, return_exceptions=True)
         while self._spares:
             await self._spares.popleft().discard(self.block)
+
+    async def stop(self) -> None:
+        """End it, and with it all its sandboxes."""
+        await self.give_up_spares()
         if self._control is not None:
             self._control.close()  # it ends by itself when it sees this, and all its sandboxes with it
             self._control = None
