@@ -10,12 +10,15 @@ import subprocess
 
 from .python_context import Channels
 
-# The shell reads each cell from descriptor 3 as base64 and answers with the status on descriptor 4.
+# The shell reads each cell from descriptor 3 as base64, with what undoes its environment, and answers with the status
+# on descriptor 4.
 LOOP = r"""
 trap ':' INT
-while IFS= read -r __cell <&3; do
+while IFS=' ' read -r __cell __undo <&3; do
   eval "$(base64 -d <<<"$__cell")" 3<&- 4>&-
-  echo "$?" >&4
+  __status=$?
+  eval "$(base64 -d <<<"$__undo")"
+  echo "$__status" >&4
 done
 """
 
@@ -47,11 +50,9 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
             request = json.loads(line)
             count += 1
             say(type="count", execution_count=count)
-            code = request["code"]
-            if request["env"]:
-                assignments = " ".join(f"{name}={_quoted(value)}" for name, value in request["env"].items())
-                code = f"export {assignments}\n{code}"
-            os.write(cells_write, base64.b64encode(code.encode()) + b"\n")
+            do, undo = _environment(request["env"])
+            words = [base64.b64encode(text.encode()) for text in (do + request["code"], undo or ":")]
+            os.write(cells_write, b" ".join(words) + b"\n")
             status = statuses.readline().strip()
             if not status:
                 os._exit(1)  # the shell has ended: the agent starts another
@@ -59,6 +60,18 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
                 say(type="error", name="ExitStatus", value=f"exit status {status}", traceback=f"exit status {status}")
             say(type="end")
     os._exit(0)
+
+
+def _environment(env: dict[str, str]) -> tuple[str, str]:
+    """What sets these variables in the shell, and what puts them back as they were."""
+    do, undo = [], []
+    for n, (name, value) in enumerate(env.items()):
+        do.append(f"__had{n}=${{{name}+${{{name}@a}}.}} __was{n}=${{{name}-}}; export {name}={_quoted(value)}\n")
+        undo.append(
+            f"if [[ $__had{n} ]]; then {name}=$__was{n}; [[ $__had{n} == *x* ]] || export -n {name}; else unset {name}; fi\n"
+            f"unset __had{n} __was{n}\n"
+        )
+    return "".join(do), "".join(undo)
 
 
 def _quoted(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from .connect import ConnectError, envelope, messages, only_message
 from .files import HOME
 from .http import Request
-from .processes import descendants, fork_guest, kill
+from .processes import descendants, extinguish, fork_guest, kill, now_ticks, started_by
 
 PIECE = 16 * 1024
 SIGNALS = {"SIGNAL_SIGKILL": signal.SIGKILL, "SIGNAL_SIGTERM": signal.SIGTERM}
@@ -34,6 +34,7 @@ class Command:
     outputs: list[int]  # stdout and stderr, or the terminal
     input: int | None  # stdin, or the terminal
     terminal: bool
+    since: int  # when it began, in ticks
     status: int | None = None
     silent: bool = False  # it has ended and all that it said is told
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,6 +60,11 @@ class Command:
     def kill(self, number: int = signal.SIGKILL) -> None:
         kill(descendants(self.pid) | ({self.pid} if self.status is None else set()), number)
 
+    async def stop(self, roots: set[int]) -> None:
+        """End it with all that it has started, daemons too; `roots` is what the agent has started."""
+        self.kill()
+        await extinguish(lambda: started_by(self.pid, self.since, roots))
+
     def close_input(self) -> None:
         if self.input is not None:
             os.close(self.input)
@@ -72,7 +78,7 @@ class Commands:
         self.streams = {"Start": self._start, "Connect": self._connect, "StreamInput": self._stream_input}
         self.unary = {
             "List": self._list, "SendSignal": self._signal, "SendInput": self._send_input,
-            "CloseStdin": self._close_stdin, "Update": self._update,
+            "CloseStdin": self._close_stdin, "Update": self._update, "Stop": self._stop,
         }  # fmt: skip
 
     async def stream(self, request: Request, method: str) -> None:
@@ -94,7 +100,7 @@ class Commands:
         try:
             await self._relay(command, command.listen(), request)
         except ConnectError:
-            command.kill()  # the deadline
+            await command.stop(self.agent.reaper.roots)  # the deadline
             raise
 
     async def _connect(self, request: Request) -> None:
@@ -150,6 +156,7 @@ class Commands:
             os.chdir(cwd)
             os.execvpe(argv[0], argv, environment)
 
+        since = now_ticks()
         try:
             pid = fork_guest(self.agent.plan, self.agent.rules, become)
         except OSError as problem:
@@ -159,7 +166,9 @@ class Commands:
         finally:
             for descriptor in set(theirs):
                 os.close(descriptor)
-        command = self.known[pid] = Command(pid, config, body.get("tag"), ours, writer, terminal=size is not None)
+        command = self.known[pid] = Command(
+            pid, config, body.get("tag"), ours, writer, terminal=size is not None, since=since
+        )
         self.agent.reaper.watch(pid, lambda status: self._ended(command, status))
         return command
 
@@ -206,6 +215,11 @@ class Commands:
         if number is None:
             raise ConnectError("invalid_argument", "unknown signal")
         self._running(body).kill(number)
+        return {}
+
+    async def _stop(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Not E2B's: answers when nothing runs any more of what this command has started."""
+        await self._found(body).stop(self.agent.reaper.roots)
         return {}
 
     async def _send_input(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,24 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import deque
 from typing import Any
 
 from . import bash_context, python_context
-from .processes import close_all_but, descendants, fork_guest, kill, now_ticks
+from .processes import (
+    close_all_but,
+    descendants,
+    extinguish,
+    fork_guest,
+    kill,
+    now_ticks,
+    started_by,
+    working_threads,
+)
 
 GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the context's processes end
+THREAD_SECONDS = 0.3  # for threads that the run has started to end, too
 HANDOVER_SECONDS = 5  # for an idle context to take its next cell
 LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
 HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
@@ -41,6 +52,9 @@ class Context:
         self._channels: dict[int, str] = {}
         self._interrupting: asyncio.Task | None = None
         self._said = self._since = 0
+        self._counted = False
+        self.run = ""  # the run that is going on, by the name that its client gave it
+        self.lost: deque[str] = deque(maxlen=64)  # runs that ended with the context
 
     def described(self) -> dict[str, str]:
         return {"id": self.id, "language": self.language, "cwd": self.cwd}
@@ -112,7 +126,8 @@ class Context:
         self.pid = 0
         self.ended.set()
         if not self.idle.is_set():
-            self._push({"type": "died"}, 0)
+            self.lost.append(self.run)
+            self._push({"type": "died", "status": status}, 0)
             self.idle.set()
 
     def _close(self, descriptor: int) -> None:
@@ -163,6 +178,8 @@ class Context:
                 continue  # the user's code wrote to our socket
             if kind == "end":
                 self.idle.set()
+            elif kind == "count" and not self._counted:  # what the context needs has started, the cell has not
+                self._counted, self._since = True, now_ticks()
             self._push(event, len(line))
 
     def _output(self, name: str, text: str, size: int) -> None:
@@ -196,11 +213,12 @@ class Context:
 
     # cells
 
-    async def begin(self, code: str, env: dict[str, str]) -> None:
+    async def begin(self, code: str, env: dict[str, str], run: str = "") -> None:
         """Send one cell; its events follow until one says end or died. The caller holds the lock. OSError, TimeoutError."""
         self.start()
         self.take()
         self._said = 0
+        self._counted, self.run = False, run
         self._since = now_ticks()
         self.idle.clear()
         self.agent.running.add(self.id)
@@ -219,24 +237,35 @@ class Context:
             await asyncio.shield(self._interrupting)
 
     async def _interrupt(self) -> None:
+        pid = self.pid
         try:
             self.take()
             for patience in GRACE_SECONDS:
                 try:
-                    os.killpg(self.pid, signal.SIGINT)
+                    os.killpg(pid, signal.SIGINT)
                     await asyncio.wait_for(self._idle_dropping(), patience)
                     break
                 except ProcessLookupError:
                     break
                 except TimeoutError:
                     continue
-            if not self.idle.is_set():
+            if not self.idle.is_set() or not await self._threads_ended(pid):
                 self.end()
+                await self.ended.wait()
                 await self._idle_dropping()
-            if self.pid:  # polite enough to stay; its children of this cell are not asked
-                kill(descendants(self.pid, since=self._since))
+            await extinguish(lambda: started_by(pid, self._since, self.agent.reaper.roots))
+            if not self.pid and self.run not in self.lost:
+                self.lost.append(self.run)
         finally:
             self._interrupting = None
+
+    async def _threads_ended(self, pid: int) -> bool:
+        deadline = time.monotonic() + THREAD_SECONDS
+        while working_threads(pid, self._since):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
 
     async def _idle_dropping(self) -> None:
         """Wait until idle, throwing output away so that the context is not held up by it."""

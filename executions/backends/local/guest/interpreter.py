@@ -57,10 +57,11 @@ def handler(agent: Any) -> Callable[[Request], Awaitable[None]]:
                 context = _known(agent, identifier)
                 await _end(context)
                 await request.answer(200)
-            case ("POST", "contexts", identifier, "interrupt"):  # not E2B's: answers when nothing runs any more
-                context = _default_or_known(agent, identifier)
-                await context.interrupt()
-                await request.answer(200)
+            case ("POST", "contexts", identifier, "interrupt"):  # not E2B's: answers when nothing of it runs any more
+                context, run = _default_or_known(agent, identifier), (await request.json()).get("run", "")
+                if not run or run == context.run:
+                    await context.interrupt()
+                await request.answer(200, {"lost": run in context.lost})
             case ("DELETE", "contexts", identifier):
                 context = _known(agent, identifier)
                 await _end(context)
@@ -122,19 +123,21 @@ async def _execute(agent: Any, request: Request) -> None:
     context = _known(agent, str(identifier)) if identifier else default_context(agent, _language(body.get("language")))
     gone = asyncio.create_task(request.gone())
     try:
-        await _stream(context, code, env, request, gone)
+        await _stream(context, code, env, str(body.get("run") or ""), request, gone)
     finally:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
 
 
-async def _stream(context: Context, code: str, env: dict[str, str], request: Request, gone: asyncio.Task) -> None:
+async def _stream(
+    context: Context, code: str, env: dict[str, str], run: str, request: Request, gone: asyncio.Task
+) -> None:
     request.begin(200, "application/x-ndjson")
     if not await _acquired(context.lock, request, gone):
         return
     try:
         try:
-            await context.begin(code, env)
+            await context.begin(code, env, run)
         except OSError as problem:
             await request.send(_line(type="error", name="ContextFailed", value=str(problem), traceback=""))
             await request.end()
@@ -219,7 +222,8 @@ def _translated(event: dict[str, Any]) -> bytes:
         case "count" if isinstance(event.get("execution_count"), int):
             return _line(type="number_of_executions", execution_count=event["execution_count"])
         case "died":
-            restarted = _line(type="error", name="ContextRestarting", value="Context was restarted", traceback="")
+            said = "Context was restarted; its variables are lost."
+            restarted = _line(type="error", name="ContextRestarting", value=said, traceback="", status=event["status"])
             return restarted + _line(type="end_of_execution")
         case "end":
             return _line(type="end_of_execution")

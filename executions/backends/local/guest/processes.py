@@ -10,9 +10,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import walls
+from . import linux, walls
 
 TICKS = os.sysconf("SC_CLK_TCK")
+FUTEX = {"x86_64": "202", "aarch64": "98"}.get(linux.MACHINE, "")
+SWEEPS = (0.001,) * 10 + (0.01,) * 20  # pauses in seconds
 
 
 class Reaper:
@@ -20,11 +22,13 @@ class Reaper:
 
     def __init__(self) -> None:
         self._watchers: dict[int, Callable[[int], None]] = {}
+        self.roots: set[int] = set()  # all that the agent has ever started for guests: a session outlives its leader
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
     def watch(self, pid: int, ended: Callable[[int], None]) -> None:
         """Call `ended` with the wait status when this child has ended."""
         self._watchers[pid] = ended
+        self.roots.add(pid)
 
     def _reap(self) -> None:
         while True:
@@ -68,7 +72,7 @@ def now_ticks() -> int:
 
 
 def table() -> dict[int, tuple[int, int, int]]:
-    """Every process: {pid: (parent, session, start in ticks)}."""
+    """Every process that lives: {pid: (parent, session, start in ticks)}."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -77,22 +81,39 @@ def table() -> dict[int, tuple[int, int, int]]:
                     fields = file.read().rpartition(")")[2].split()
             except OSError:
                 continue
-            found[int(name)] = int(fields[1]), int(fields[3]), int(fields[19])
+            if fields[0] not in "ZX":
+                found[int(name)] = int(fields[1]), int(fields[3]), int(fields[19])
     return found
 
 
-def descendants(pid: int, since: int = 0) -> set[int]:
-    """What `pid` started, directly or not, and what shares its session; only what began at `since` or later."""
-    processes = table()
+def descendants(pid: int, processes: dict[int, tuple[int, int, int]] | None = None) -> set[int]:
+    """What `pid` started, directly or not, and what shares its session."""
+    processes = table() if processes is None else processes
     found = {pid}
     while True:
         more = {
             p for p, (parent, session, _) in processes.items() if p not in found and (parent in found or session == pid)
         }
         if not more:
-            break
+            return found - {pid}
         found |= more
-    return {p for p in found - {pid} if processes[p][2] >= since}
+
+
+def started_by(pid: int, since: int, roots: set[int]) -> set[int]:
+    """What a run of `pid` has started since then, however it hid: all that began later and is nobody else's.
+
+    `roots` are the processes that the agent has started. A daemon in a session of its own has lost its parent, so it
+    is told by its age: what stems from another root, or from a process that is older than the run, is not the run's.
+    """
+    processes = table()
+    spared = {os.getpid(), pid}
+    for root in roots - {pid}:
+        spared |= {root} | descendants(root, processes)
+    new = {p for p, (_, _, start) in processes.items() if start >= since and p not in spared}
+    old = set(processes) - new - {os.getpid(), pid}
+    while more := {p for p in new if processes[p][0] in old}:
+        new, old = new - more, old | more
+    return new
 
 
 def kill(pids: set[int], number: int = signal.SIGKILL) -> None:
@@ -101,3 +122,35 @@ def kill(pids: set[int], number: int = signal.SIGKILL) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
+
+
+async def extinguish(find: Callable[[], set[int]]) -> None:
+    """Kill what `find` finds until it finds nothing; what forks faster than it is found takes all guests along."""
+    for pause in SWEEPS:
+        if not (found := find()):
+            return
+        kill(found)
+        await asyncio.sleep(pause)
+    os.kill(-1, signal.SIGKILL)  # the kernel lets nobody fork meanwhile; pid 1 is not meant
+
+
+def working_threads(pid: int, since: int) -> bool:
+    """Whether threads that began since then are at work; those that wait for a lock are not, as in an idle pool."""
+    for task in (name for name in _names(f"/proc/{pid}/task") if int(name) != pid):
+        try:
+            with open(f"/proc/{pid}/task/{task}/stat") as file:
+                start = int(file.read().rpartition(")")[2].split()[19])
+            with open(f"/proc/{pid}/task/{task}/syscall") as file:
+                call = file.read().split()[0]
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        if start >= since and call != FUTEX:
+            return True
+    return False
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
