@@ -34,11 +34,12 @@ async def rows(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await sync_to_async(fn, thread_sensitive=True)(*args, **kwargs)
 
     def unit() -> R:
-        close_old_connections()
+        close_old_connections()  # those on which something failed
         try:
             return fn(*args, **kwargs)
         finally:
-            close_old_connections()
+            for connection in connections.all(initialized_only=True):
+                connection.close_at = None  # these few threads keep theirs, also out of a pool
 
     return await sync_to_async(unit, thread_sensitive=False, executor=pool())()
 

@@ -78,20 +78,28 @@ def _adapted(value: Any) -> Any:
     return str(value) if isinstance(value, models.Choices) else value
 
 
+def change(row: models.Model, fields: dict[str, Any], *, by: Sequence[str] = ("id",)) -> None:
+    """Set columns of the row that is found by these columns, whatever its state."""
+    _update(row, fields, {name: getattr(row, name) for name in by})
+
+
 def move(row: models.Model, before: str, fields: dict[str, Any]) -> bool:
     """Set columns of a row that is still in the state `before`; False when it is not, and nothing has changed."""
+    return _update(row, fields, {"id": row.pk, "state": str(before)}) == 1
+
+
+def _update(row: models.Model, fields: dict[str, Any], where: dict[str, Any]) -> int:
     meta, quote = row._meta, connection.ops.quote_name
     columns, values = [], []
     for name, value in fields.items():
-        field: Any = meta.get_field(name)
+        field = meta.get_field(name)
         columns.append(f"{quote(field.column)} = %s")
         values.append(_adapted(field.get_db_prep_save(value, connection)))
-    statement = (
-        f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {quote(str(meta.pk.column))} = %s AND state = %s"
-    )
+    found = " AND ".join(f"{quote(column)} = %s" for column in where)
+    statement = f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {found}"
     with connection.cursor() as cursor:
-        cursor.execute(statement, [*values, row.pk, str(before)])
-        return cursor.rowcount == 1
+        cursor.execute(statement, [*values, *where.values()])
+        return cursor.rowcount
 
 
 def _moment(at: datetime) -> Any:

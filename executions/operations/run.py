@@ -11,7 +11,6 @@ from contextlib import aclosing
 from typing import Any
 
 from django.db import transaction
-from django.db.models import QuerySet
 from django.utils import timezone
 
 from executions import backends, journal, ledger
@@ -27,7 +26,7 @@ from executions.errors import (
 )
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Attempt, Event, Execution, IllegalTransition, Sandbox, Usage
+from executions.models import Attempt, Event, Execution, IllegalTransition, Sandbox, Usage, hot
 from executions.operations.submit import next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
@@ -38,6 +37,7 @@ FLUSH_SECONDS = 0.1
 KILL_PATIENCE_SECONDS = 0.02  # a kill confirmed by then is settled in the same transaction as the run
 
 _runs: dict[str, Run] = {}
+_locked = hot.Compiled(lambda sandbox: Sandbox.objects.select_for_update().filter(id=sandbox))
 
 
 def start(execution: Execution) -> Run:
@@ -147,17 +147,18 @@ class Run:
     @transaction.atomic(durable=True)
     def _mark_unavailable(self, attempt: Attempt, why: BackendUnavailable) -> None:
         now = timezone.now()
-        self._attempt(attempt).update(
-            outcome=AttemptOutcome.UNAVAILABLE, code=why.code, reason=why.detail[:500], ended_at=now
-        )
+        now_known = {
+            "outcome": AttemptOutcome.UNAVAILABLE,
+            "code": why.code,
+            "reason": why.detail[:500],
+            "ended_at": now,
+        }
+        hot.change(attempt, now_known, by=("execution_id", "number"))
         attempt.outcome, attempt.code, attempt.reason = AttemptOutcome.UNAVAILABLE, why.code, why.detail[:500]
         sandbox = attempt.sandbox
         assert sandbox is not None
         _, fields = ledger.bill(sandbox, final=True)  # nothing exists there, nothing is owed
         sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
-
-    def _attempt(self, attempt: Attempt) -> QuerySet[Attempt]:
-        return Attempt.objects.filter(execution_id=self.execution.pk, number=attempt.number)
 
     @transaction.atomic(durable=True)
     def _mark_running(self, sandbox: Sandbox, handle: Handle) -> None:
@@ -311,7 +312,7 @@ class Run:
         if outcome == AttemptOutcome.LOST and (why := self._asked_to_cancel()) is not None:
             state, columns = E.CANCELLED, {"error_code": "cancelled", "error_value": why}
         if sandbox.kept:  # others may be billing it, or ending it
-            sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
+            (sandbox,) = _locked(sandbox.pk)
         if not sandbox.ended_at:
             began = execution.running_at or ended_at
             first = Usage.IDLE if sandbox.kept else Usage.BOOT
@@ -328,7 +329,7 @@ class Run:
             if path:
                 sandbox.advance(*path, reason=end_reason, **fields)
             else:
-                Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
+                hot.change(sandbox, fields)
             execution.sandbox = sandbox
         j = self.journal
         execution.advance(
@@ -345,7 +346,8 @@ class Run:
         tried = execution.tried[-1]
         if tried.outcome == AttemptOutcome.OPEN:
             tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
-            self._attempt(tried).update(outcome=outcome, code=tried.code, ended_at=ended_at)
+            now_known = {"outcome": outcome, "code": tried.code, "ended_at": ended_at}
+            hot.change(tried, now_known, by=("execution_id", "number"))
 
     def _asked_to_cancel(self) -> str | None:
         """The reason of a cancel that was written down by another process, e.g. one that ended the session."""

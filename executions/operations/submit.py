@@ -148,15 +148,18 @@ def claim_session(caller: Caller, session_id: str) -> Sandbox:
         raise SessionGone("The session has reached its end.", session_id=session_id)
     if sandbox.handle is None:
         raise Conflict("The session is still starting.", session_id=session_id, retry_after=1)
-    Sandbox.objects.filter(pk=sandbox.pk).update(last_used_at=now)
+    hot.change(sandbox, {"last_used_at": now})
     return sandbox
+
+
+_session = hot.Compiled(
+    lambda session, team: Sandbox.objects.select_related("agent", "template").filter(id=session, team=team, kept=True)
+)
 
 
 def find_session(caller: Caller, session_id: str) -> Sandbox:
     """A session of the caller's team, and of their agent when they have one. Another's is not found."""
-    sandbox = (
-        Sandbox.objects.select_related("agent", "template").filter(id=session_id, team=caller.team, kept=True).first()
-    )
+    sandbox = next(iter(_session(session_id, caller.team.pk)), None)
     if sandbox is None or (caller.key is not None and caller.key.agent_id not in (None, sandbox.agent_id)):
         raise NotFound(f"There is no session {session_id}.", field="session_id")
     return sandbox
