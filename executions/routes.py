@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from django.conf import settings
 
 from executions import backends
+from executions.backends.base import Backend
 from executions.errors import Invalid, NoBackend
 from executions.keys import Caller
+from executions.models import Template
 from executions.states import ISOLATION, LANGUAGES
 
 
@@ -20,7 +22,14 @@ class Route:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan(caller: Caller, *, asked: list[str] | None, language: str, commands: bool = False) -> Route:
+def plan(
+    caller: Caller,
+    *,
+    asked: list[str] | None,
+    language: str,
+    commands: bool = False,
+    template: Template | None = None,
+) -> Route:
     """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
     agent = caller.agent
     assert agent is not None
@@ -36,7 +45,7 @@ def plan(caller: Caller, *, asked: list[str] | None, language: str, commands: bo
     wanted = [bound] if bound else asked or agent.route or _default()
     route = Route([])
     for alias in wanted:
-        why = _unfit(alias, language, commands, agent.isolation_floor)
+        why = _unfit(alias, language, commands, agent.isolation_floor, template)
         if why:
             route.skipped.append((alias, why))
         else:
@@ -52,7 +61,7 @@ def _default() -> list[str]:
     return [alias for alias in backends.aliases() if backends.get(alias).isolation != "simulated"]
 
 
-def _unfit(alias: str, language: str, commands: bool, floor: str) -> str:
+def _unfit(alias: str, language: str, commands: bool, floor: str, template: Template | None) -> str:
     if alias not in settings.SANDBOXES:
         return "is not configured"
     backend = backends.get(alias)
@@ -60,6 +69,19 @@ def _unfit(alias: str, language: str, commands: bool, floor: str) -> str:
         return f"has no {language}"
     if commands and not backend.capabilities.commands:
         return "runs no commands"
+    if template is not None and (why := lacking(template, backend)):
+        return why
+    if backend.refusal:
+        return backend.refusal
     if ISOLATION.index(backend.isolation) < ISOLATION.index(floor):
         return f"its isolation ({backend.isolation}) is below the agent's floor ({floor})"
     return ""
+
+
+def lacking(template: Template, backend: Backend) -> str:
+    """Why this backend cannot make the template's sandboxes as its row says; empty where it can, or where nothing runs."""
+    if not template.own_content or template.e2b_template:
+        return ""
+    if backend.capabilities.templates or backend.isolation == "simulated":
+        return ""
+    return f"template {template.name} has {template.own_content} of its own and no id there: name it in e2b_template"

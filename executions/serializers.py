@@ -269,6 +269,9 @@ class TemplateShape(BaseModel):
     cpu_count: int
     memory_mib: int
     disk_mib: int
+    packages: list[str]
+    files: list[str] = Field(description="Paths of the files that every fresh sandbox finds.")
+    start_command: str
 
 
 class LimitShape(BaseModel):
@@ -433,6 +436,9 @@ def template_shape(template: Template) -> TemplateShape:
         cpu_count=template.cpu_count,
         memory_mib=template.memory_mib,
         disk_mib=template.disk_mib,
+        packages=template.packages,
+        files=sorted(template.files),
+        start_command=template.start_command,
     )
 
 

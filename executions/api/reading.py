@@ -12,8 +12,7 @@ from executions.api.auth import caller_of
 from executions.api.problems import answers
 from executions.errors import Invalid
 from executions.hop import rows
-from executions.models import Refusal, Template
-from executions.serializers import template_shape
+from executions.models import Refusal
 from executions.states import Scope
 
 
@@ -28,14 +27,9 @@ def _json(results: object) -> HttpResponse:
 
 @answers
 async def templates(request: HttpRequest) -> HttpResponse:
-    def look():
-        caller_of(request).needs(Scope.READ)
-        return [
-            template_shape(t).model_dump(mode="json") for t in Template.objects.filter(is_active=True).order_by("name")
-        ]
-
     _get(request)
-    return _json({"results": await rows(look)})
+    await rows(lambda: caller_of(request).needs(Scope.READ))
+    return _json({"results": await operations.template_states()})
 
 
 @answers

@@ -28,6 +28,7 @@ class Capabilities:
     packages: bool = False
     internet: bool = False
     network_rules: bool = False
+    templates: bool = False  # made here from their rows: packages, files, start command
     pause: bool = False
     metrics: bool = False  # runs end with a `usage` event, measured from outside the sandbox
     ports: bool = False  # open_port() reaches the data plane of the sandbox
@@ -98,6 +99,15 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class TemplateState:
+    """A template at one backend. `digest` is what have_template() called the content that it was given."""
+
+    state: str  # ready, warming, asleep (made on demand), building, broken, missing
+    detail: str = ""
+    digest: str = ""
+
+
 class Check:
     """What `check()` found. `walls` maps each wall's name to True, or to the sentence that says what is missing."""
 
@@ -106,6 +116,7 @@ class Check:
     isolation: str = ""
     walls: dict[str, Any] = field(default_factory=dict)
 
+    templates: dict[str, TemplateState] = field(default_factory=dict)
 
 class Backend:
     """One place where sandboxes live. Subclasses implement the verbs they declare in `capabilities`.
@@ -132,6 +143,15 @@ class Backend:
 
     async def create(self, spec: SandboxSpec) -> Handle:
         raise NotImplementedError
+    @property
+    def refusal(self) -> str:
+        """Why this installation makes no sandboxes here at all; empty where it does. Asked at every admission: no waiting."""
+        return ""
+
+    async def have_template(self, name: str, content: dict[str, Any] | None) -> None:
+        """From now on `name` is made of this; None: let go of it. Living sandboxes stay as they are."""
+        raise Unsupported
+
 
     async def connect(self, handle: Handle) -> None:
         """Raise SandboxLost unless the sandbox is alive."""

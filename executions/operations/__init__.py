@@ -18,6 +18,7 @@ from executions.operations.sessions import (
 )
 from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
+from executions.operations.templates import rebuild, template_states
 from executions.operations.wait import cancel, execute, find_execution, wait
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "open_session",
     "put_file",
     "reap",
+    "rebuild",
     "remove_file",
     "request_cancel",
     "restart_session",
@@ -50,5 +52,6 @@ __all__ = [
     "seed",
     "start",
     "submit",
+    "template_states",
     "wait",
 ]

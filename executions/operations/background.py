@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from django.conf import settings
 
+from executions.operations import templates
 from executions.operations.reap import reap
 
 log = logging.getLogger(__name__)
 
 
 async def background() -> None:
-    """Reap for ever; a round that fails is logged and the next one comes. Ends by being cancelled."""
+    """Reap, and keep the nodes' templates as their rows say, for ever; a round that fails is logged. Ends by being cancelled."""
+    try:
+        await asyncio.gather(_rounds(_reap), _rounds(templates.sync))
+    finally:
+        await templates.stop_building()
+
+
+async def _rounds(work: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(settings.BACKGROUND_SECONDS)
         try:
-            if mended := await reap():
-                log.info("reaped", extra={"rows": mended})
+            await work()
         except Exception:
             log.exception("background_round_failed")
+
+
+async def _reap() -> None:
+    if mended := await reap():
+        log.info("reaped", extra={"rows": mended})

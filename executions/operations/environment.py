@@ -13,7 +13,7 @@ from executions.backends.base import Check
 from executions.errors import Invalid, NoBackend
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Sandbox
+from executions.models import Sandbox, Template
 from executions.routes import plan
 from executions.serializers import LimitShape, dollars, session_shape
 from executions.states import LANGUAGES, Scope, Unit
@@ -67,6 +67,7 @@ def offer(caller: Caller) -> dict[str, Any]:
         "route": route,
         "isolation": {alias: backends.get(alias).isolation for alias in route},
         "template": agent.template.name if agent.template else "default",
+        "templates": list(Template.objects.filter(is_active=True).order_by("name").values_list("name", flat=True)),
         "packages": {"may_install": agent.packages, "how": "install_package, or POST /sessions/{id}/packages"},
         "network": "off",
         "timeout_seconds": {"default": agent.timeout_seconds, "max": agent.timeout_max_seconds},
@@ -88,18 +89,18 @@ def environment(*, caller: Caller) -> dict[str, Any]:
 async def backend_states() -> list[dict[str, Any]]:
     """Each backend of the installation: whether it is up, its isolation, its walls, what it can do. All are asked at once."""
     live = await rows(_live_by_backend)
-    found = await asyncio.gather(*(_check(alias) for alias in backends.aliases()))
+    found = await asyncio.gather(*(check(alias) for alias in backends.aliases()))
     return [
         {
             "alias": alias,
-            "ok": check.ok,
-            "detail": check.detail,
-            "isolation": check.isolation or backends.get(alias).isolation,
-            "walls": check.walls,
+            "ok": told.ok,
+            "detail": told.detail,
+            "isolation": told.isolation or backends.get(alias).isolation,
+            "walls": told.walls,
             "languages": sorted(backends.get(alias).capabilities.languages),
             "live_sandboxes": live.get(alias, 0),
         }
-        for alias, check in zip(backends.aliases(), found, strict=True)
+        for alias, told in zip(backends.aliases(), found, strict=True)
     ]
 
 
@@ -107,7 +108,8 @@ def _live_by_backend() -> dict[str, int]:
     return dict(Sandbox.objects.open().order_by().values_list("backend").annotate(Count("pk")))
 
 
-async def _check(alias: str) -> Check:
+async def check(alias: str) -> Check:
+    """What this backend says of itself now; one that does not answer in time is not well."""
     try:
         async with asyncio.timeout(CHECK_SECONDS):
             return await backends.get(alias).check()

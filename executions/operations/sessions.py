@@ -74,7 +74,8 @@ def _admit(caller: Caller, request: SessionRequest, token: str | None) -> tuple[
     fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     if token and (earlier := replay(agent, token, fingerprint)):
         return earlier, []
-    route = routes.plan(caller, asked=request.route, language="python")
+    template = find_template(agent, request.template)
+    route = routes.plan(caller, asked=request.route, language="python", template=template)
     sandbox = _intent(caller, request, route.aliases[0])
     if token:
         remember(agent, token, fingerprint, sandbox=sandbox)

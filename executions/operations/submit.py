@@ -63,8 +63,10 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         timeout = max(1, min(timeout, left))
         path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
     else:
-        route = routes.plan(caller, asked=request.route, language=request.language, commands=is_command)
         template = find_template(agent, request.template)
+        route = routes.plan(
+            caller, asked=request.route, language=request.language, commands=is_command, template=template
+        )
         sandbox = pool.intend(
             caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env
         )

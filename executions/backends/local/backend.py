@@ -14,7 +14,18 @@ from typing import Any
 from urllib.parse import quote
 
 from executions.backends import wire
-from executions.backends.base import Backend, Capabilities, Check, Event, FileInfo, Handle, Limits, Listed, SandboxSpec
+from executions.backends.base import (
+    Backend,
+    Capabilities,
+    Check,
+    Event,
+    FileInfo,
+    Handle,
+    Limits,
+    Listed,
+    SandboxSpec,
+    TemplateState,
+)
 from executions.backends.local import http
 from executions.errors import (
     BackendError,
@@ -43,6 +54,7 @@ class LocalBackend(Backend):
         files=True,
         contexts=True,
         packages=True,
+        templates=True,
         metrics=True,
         ports=True,
     )
@@ -111,7 +123,14 @@ class LocalBackend(Backend):
         templates = found["templates"]
         said = [f"{name}: {t['state']}" + (f" ({t['detail']})" if t["detail"] else "") for name, t in templates.items()]
         ready = bool(templates) and all(t["state"] == "ready" for t in templates.values())
-        return Check(ok=ready, detail="; ".join(said) or "no templates", isolation=self.isolation, walls=found["walls"])
+        states = {name: TemplateState(t["state"], t["detail"], t.get("digest", "")) for name, t in templates.items()}
+        return Check(
+            ok=ready, detail="; ".join(said) or "no templates", isolation=self.isolation, walls=found["walls"],
+            templates=states,
+        )  # fmt: skip
+
+    async def have_template(self, name: str, content: dict[str, Any] | None) -> None:
+        await self._node("template", name=name, **(content or {}))
 
     # code
 

@@ -111,14 +111,14 @@ class Node:
         except TimeoutError:
             raise Refusal("unavailable", f"Template {name} is still warming up; try again in a minute.") from None
         except OSError as problem:
-            raise Refusal("unavailable", f"Template {name} is broken: {problem}") from None
+            raise Refusal("unavailable", f"Template {name} is {template.state}: {problem}") from None
 
     async def template(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have a template as the request says, from now on; without python and broken it is let go."""
+        """Have a template as the request says, from now on; without python and absent it is let go."""
         name = request["name"]
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise Refusal("invalid", "name must be letters, digits, - and _.")
-        if "python" in request or "broken" in request:
+        if "python" in request or "absent" in request:
             self._have(name, Content.of(request))
         elif name in self.templates:
             del self.templates[name]

@@ -19,13 +19,14 @@ IDLE_SECONDS = 300  # a zygote on demand that nobody has used for so long is let
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What makes one template's sandboxes differ from another's. `broken` says why there is no interpreter for it."""
+    """What makes one template's sandboxes differ from another's; one that cannot be made is `absent`: building or broken."""
 
     python: str = ""
     files: dict[str, str] = field(default_factory=dict)
     start_command: str = ""
     warm: bool = True
-    broken: str = ""
+    absent: str = ""
+    detail: str = ""  # why it is absent
     build: int = 0  # raised to have the zygote renewed
     digest: str = field(default="", compare=False)  # the sender's own name for all of this
 
@@ -37,7 +38,8 @@ class Content:
         for name, default in (
             ("python", ""),
             ("start_command", ""),
-            ("broken", ""),
+            ("absent", ""),
+            ("detail", ""),
             ("digest", ""),
             ("build", 0),
             ("warm", True),
@@ -46,7 +48,7 @@ class Content:
                 raise TypeError(f"{name} is not a {type(default).__name__}")
         if not all(isinstance(text, str) for item in content.files.items() for text in item):
             raise TypeError("files maps paths to texts")
-        if not content.python and not content.broken:
+        if not content.python and content.absent not in ("building", "broken"):
             raise ValueError("python is missing")
         return content
 
@@ -89,20 +91,17 @@ class Template:
             while True:
                 self._changed.clear()
                 content = self.content
-                if not content.warm and self.zygote is None:
-                    await self._sleep()
+                if content.absent:
+                    await self._without(content.absent, content.detail, None)
+                    continue
+                if not content.warm and self.zygote is None and not await self._wanted_later():
+                    continue
                 zygote = Zygote(content.python, self.run_dir, self.block)
                 try:
-                    if content.broken:
-                        raise OSError(content.broken)
                     await zygote.start()
                 except (OSError, ValueError) as problem:
                     await zygote.stop()
-                    await self._replace(None)
-                    self._settle("broken", str(problem))
-                    await self._change(None if content.broken else RETRY_SECONDS)
-                    if self._changed.is_set():
-                        self._unsettle("it is being made anew")
+                    await self._without("broken", str(problem), RETRY_SECONDS)
                     continue
                 except BaseException:
                     await zygote.stop()
@@ -121,14 +120,21 @@ class Template:
         self.state, self.detail = state, detail
         self.settled.clear()
 
-    async def _sleep(self) -> None:
-        """Return when somebody wants a sandbox."""
+    async def _without(self, state: str, detail: str, seconds: float | None) -> None:
+        """Have no zygote until the content changes, or for so long."""
+        await self._replace(None)
+        self._settle(state, detail)
+        await self._change(seconds)
+        if self._changed.is_set():
+            self._unsettle("it is being made anew")
+
+    async def _wanted_later(self) -> bool:
+        """Sleep until somebody wants a sandbox; False when the content has changed before."""
         self._wanted.clear()
         self._unsettle("it warms up when a sandbox is asked for", "asleep")
-        while not (self._wanted.is_set() or self.content.warm):
-            await self._change(LOOK_SECONDS, self._wanted)
-            self._changed.clear()
+        await self._change(None, self._wanted)
         self._unsettle("")
+        return not self._changed.is_set()
 
     async def _change(self, seconds: float | None, *others: asyncio.Event) -> None:
         """Return at a change of content or one of these events, or after so long."""
