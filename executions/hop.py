@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -50,5 +51,13 @@ def close() -> None:
     if _pool is None:
         return
     ending, _pool = _pool, None
-    list(ending.map(lambda _: connections.close_all(), range(settings.HOP_THREADS)))
+    threads = len(ending._threads)
+    together = threading.Barrier(threads) if threads else None  # so that each thread closes its own
+
+    def let_go(_: int) -> None:
+        assert together is not None
+        together.wait(timeout=10)
+        connections.close_all()
+
+    list(ending.map(let_go, range(threads)))
     ending.shutdown(wait=True)

@@ -14,22 +14,30 @@ from django.db import connection, models
 from django.db.models.query import get_related_populators
 
 
+AT_ONCE = 200  # rows of one INSERT
+
+
 @cache
-def _insertion(model: type[models.Model], quote: Callable[[str], str]) -> tuple[str, list[models.Field]]:
+def _insertion(model: type[models.Model], vendor: str) -> tuple[str, str, list[models.Field]]:
+    quote = connection.ops.quote_name
     fields = [f for f in model._meta.concrete_fields if not isinstance(f, models.AutoField)]
     columns = ", ".join(quote(str(f.column)) for f in fields)
-    return f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({', '.join(['%s'] * len(fields))})", fields
+    return (
+        f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ",
+        f"({', '.join(['%s'] * len(fields))})",
+        fields,
+    )
 
 
 def insert(rows: Sequence[models.Model]) -> None:
     """Insert rows of one model. A row whose key the database would number does not learn its number."""
-    if not rows:
-        return
-    statement, fields = _insertion(type(rows[0]), connection.ops.quote_name)
-    with connection.cursor() as cursor:
-        for row in rows:
-            values = [f.get_db_prep_save(f.pre_save(row, True), connection) for f in fields]
-            cursor.execute(statement, [_adapted(value) for value in values])
+    for start in range(0, len(rows), AT_ONCE):
+        batch = rows[start : start + AT_ONCE]
+        statement, places, fields = _insertion(type(batch[0]), connection.vendor)
+        values = [_adapted(f.get_db_prep_save(f.pre_save(row, True), connection)) for row in batch for f in fields]
+        with connection.cursor() as cursor:
+            cursor.execute(statement + ", ".join([places] * len(batch)), values)
+        for row in batch:
             row._state.adding = False
             row._state.db = connection.alias
 
