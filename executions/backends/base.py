@@ -99,7 +99,6 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-@dataclass(frozen=True, slots=True)
 class TemplateState:
     """A template at one backend. `digest` is what have_template() called the content that it was given."""
 
@@ -108,6 +107,7 @@ class TemplateState:
     digest: str = ""
 
 
+@dataclass(frozen=True, slots=True)
 class Check:
     """What `check()` found. `walls` maps each wall's name to True, or to the sentence that says what is missing."""
 
@@ -115,8 +115,8 @@ class Check:
     detail: str = ""
     isolation: str = ""
     walls: dict[str, Any] = field(default_factory=dict)
-
     templates: dict[str, TemplateState] = field(default_factory=dict)
+
 
 class Backend:
     """One place where sandboxes live. Subclasses implement the verbs they declare in `capabilities`.
@@ -141,8 +141,6 @@ class Backend:
         """This backend's name for a template: `name` is ours, `mapped` the provider's id ("" where not set)."""
         return name
 
-    async def create(self, spec: SandboxSpec) -> Handle:
-        raise NotImplementedError
     @property
     def refusal(self) -> str:
         """Why this installation makes no sandboxes here at all; empty where it does. Asked at every admission: no waiting."""
@@ -152,6 +150,8 @@ class Backend:
         """From now on `name` is made of this; None: let go of it. Living sandboxes stay as they are."""
         raise Unsupported
 
+    async def create(self, spec: SandboxSpec) -> Handle:
+        raise NotImplementedError
 
     async def connect(self, handle: Handle) -> None:
         """Raise SandboxLost unless the sandbox is alive."""
