@@ -17,7 +17,10 @@ SandgateError
 └── BackendError                a machine said no, or broke
     ├── BackendUnavailable      nothing has run: another backend may be tried
     ├── SandboxLost             the sandbox died; code may have run
+    │   └── SandboxOutOfMemory  for the memory that the code had used: theirs
     ├── RunTimedOut             the wall clock; the remote work has been stopped
+    ├── CpuExceeded             the CPU time that was asked for as the most; stopped likewise
+    ├── ContextRestarted        an interrupt that cost the variables
     ├── ContextUnknown          no such context in this sandbox
     ├── FileRefused             a path or file that cannot be served
     ├── InstallFailed           a package cannot be resolved, fetched or put in place
@@ -188,6 +191,15 @@ class SandboxLost(BackendError):
     remedy = "Nothing is run twice without being asked to: run it again if that is safe."
 
 
+class SandboxOutOfMemory(SandboxLost):
+    """The sandbox used up its memory, files in /home/user and /tmp included, and was ended."""
+
+    code = "out_of_memory"
+    status = 200
+    theirs = True
+    remedy = "Work on less at once, remove files, or use a template with more memory."
+
+
 class RunTimedOut(BackendError):
     """The code ran longer than its timeout and was stopped."""
 
@@ -195,6 +207,24 @@ class RunTimedOut(BackendError):
     status = 200
     theirs = True
     remedy = "Do less in one run, or ask for a longer timeout_seconds."
+
+
+class CpuExceeded(BackendError):
+    """The code used more CPU time than its limit and was stopped."""
+
+    code = "cpu_exceeded"
+    status = 200
+    theirs = True
+    remedy = "Do less in one run, or ask for more limits.cpu_seconds."
+
+
+class ContextRestarted(BackendError):
+    """The code could not be interrupted; its context was ended and the variables are lost."""
+
+    code = "context_restarted"
+    status = 200
+    theirs = True
+    remedy = "Run again what made the variables."
 
 
 class ContextUnknown(BackendError):

@@ -84,6 +84,19 @@ class EventKind(TextChoices):
     TRUNCATED = "truncated"
 
 
+class NamedLimit(TextChoices):
+    """The limits of a run that a program is told by name."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    CPU_EXCEEDED = "cpu_exceeded"
+    TOO_MANY_PROCESSES = "too_many_processes"
+    TOO_MANY_FILES = "too_many_files"
+    DISK_FULL = "disk_full"
+    TIMED_OUT = "timed_out"
+    OUTPUT_TRUNCATED = "output_truncated"
+    RESULTS_TRUNCATED = "results_truncated"
+
+
 class Role(TextChoices):
     OWNER = "owner"
     OPERATOR = "operator"

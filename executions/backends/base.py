@@ -30,6 +30,7 @@ class Capabilities:
     network_rules: bool = False
     templates: bool = False  # made here from their rows: packages, files, start command
     pause: bool = False
+    run_limits: bool = False  # memory of a fresh sandbox and CPU time of a run are limited as asked
     metrics: bool = False  # runs end with a `usage` event, measured from outside the sandbox
     ports: bool = False  # open_port() reaches the data plane of the sandbox
 
@@ -67,7 +68,7 @@ class Event:
     stderr   {"text": str}
     result   {"main": bool, "mime": {"text/plain": …, "text/html": …, "image/png": base64, "application/json": …,
              "e2b/data": {column: list}, "e2b/chart": {…}}}   main: the cell's value, otherwise a display call
-    error    {"name": str, "value": str, "traceback": str}
+    error    {"name": str, "value": str, "traceback": str}    and "reason": a states.NamedLimit, where one was reached
     count    {"execution_count": int}
     usage    {"cpu_us": int, "peak_memory_bytes": int}        measured by the backend, not claimed by the guest
     exit     {"exit_code": int}                               commands only, last
@@ -123,9 +124,10 @@ class Backend:
 
     create      boot a sandbox. BackendUnavailable: nothing exists there, another backend may be tried.
     run_code    an async generator of events, ended by its own exhaustion. Closing it early (aclose) interrupts the
-                code and leaves the context usable where it can. RunTimedOut after `timeout_seconds`, when the remote
-                work has been stopped. SandboxLost when the sandbox died. The caller's own exceptions are "error" events,
-                never raised here.
+                code and leaves the context usable where it can; ContextRestarted where that cost the variables.
+                RunTimedOut after `timeout_seconds`, CpuExceeded after `cpu_seconds` (0: no limit; needs `run_limits`),
+                when the remote work has been stopped; a "ContextRestarting" error before it says that the variables are
+                lost. SandboxLost when the sandbox died. The caller's own exceptions are "error" events, never raised here.
     kill        True once the sandbox is confirmed gone, also when it was gone before. Raises BackendError where
                 that is not known.
     """
@@ -166,6 +168,7 @@ class Backend:
         context_id: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,
     ) -> AsyncIterator[Event]:
         raise NotImplementedError
 

@@ -7,9 +7,10 @@ import base64
 import codecs
 import json
 import os
+import secrets
 import struct
-import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -26,11 +27,15 @@ from executions.backends.base import (
     SandboxSpec,
     TemplateState,
 )
-from executions.backends.local import http
+from executions.backends.local import http, limits
+from executions.backends.local.link import Link, Meter
+from executions.backends.local.streams import Deadline, envelopes, lines
 from executions.errors import (
     BackendError,
     BackendUnavailable,
+    ContextRestarted,
     ContextUnknown,
+    CpuExceeded,
     FileRefused,
     RunTimedOut,
     SandboxLost,
@@ -38,9 +43,8 @@ from executions.errors import (
 )
 
 ENVD, INTERPRETER = 49983, 49999
-NODE_SECONDS = 90  # a template may warm up first, and run its start command
+LOST = "The code could not be interrupted; its context was ended and its variables are lost."
 STOP_SECONDS = 5  # for the agent to stop a run; after that the sandbox is ended
-LINE_LIMIT = 96 << 20
 TYPES = {"FILE_TYPE_DIRECTORY": "directory", "FILE_TYPE_SYMLINK": "symlink"}
 
 
@@ -55,6 +59,7 @@ class LocalBackend(Backend):
         contexts=True,
         packages=True,
         templates=True,
+        run_limits=True,
         metrics=True,
         ports=True,
     )
@@ -66,26 +71,11 @@ class LocalBackend(Backend):
 
     async def _node(self, op: str, **request: Any) -> dict[str, Any]:
         """One request to the node. BackendUnavailable where it does not answer, SandboxLost where it knows no such sandbox."""
+        link = Link(self.run_dir)
         try:
-            async with asyncio.timeout(NODE_SECONDS):
-                reader, writer = await http.open_socket(self.run_dir, "node.sock")
-                try:
-                    writer.write(json.dumps({"op": op, **request}).encode() + b"\n")
-                    line = await reader.readuntil(b"\n")
-                finally:
-                    writer.close()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as problem:
-            raise BackendUnavailable(
-                f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node."
-            ) from problem
-        answer = json.loads(line)
-        if "error" not in answer:
-            return answer
-        if answer["error"] == "lost":
-            raise SandboxLost(answer["detail"])
-        if answer["error"] in ("unavailable", "invalid", "exists"):
-            raise BackendUnavailable(answer["detail"])
-        raise BackendError(answer["detail"])
+            return await link.ask(op, **request)
+        finally:
+            link.close()
 
     # life
 
@@ -143,66 +133,72 @@ class LocalBackend(Backend):
         context_id: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,
     ) -> AsyncIterator[Event]:
-        before = await self._usage(handle)
+        run = secrets.token_hex(8)
         body = json.dumps(
-            {"code": code, "env_vars": env, "context_id": context_id, "language": None if context_id else language}
-        ).encode()
-        deadline = time.monotonic() + timeout_seconds
+            {"code": code, "env_vars": env, "context_id": context_id, "language": None if context_id else language, "run": run}
+        ).encode()  # fmt: skip
+        meter, deadline = Meter(self.run_dir, handle["sandbox_id"]), Deadline(timeout_seconds)
         ended = False
         try:
+            await meter.begin()
+            if cpu_seconds:
+                meter.limit_cpu(cpu_seconds, deadline.now)
             async with http.request(handle["dir"], INTERPRETER, "POST", "/execute", body=body) as answer:
                 if answer.status != 200:
                     raise _refusal(answer.status, (await answer.whole()).decode("utf-8", "replace"))
-                async for line in _lines(answer, deadline):
+                async for line in lines(answer, deadline):
                     if line.get("type") == "end_of_execution":
                         ended = True
-                    elif event := _event(line):
+                    elif event := await _event(line, meter):
                         yield event
             if not ended:
                 raise SandboxLost()
+            if usage := await _used(meter):
+                yield usage
         except TimeoutError:
-            await self._stop(handle, context_id or language)
             ended = True
+            if await self._stop(handle, context_id or language, run):
+                yield Event("error", {"name": "ContextRestarting", "value": LOST, "traceback": ""})
+            if usage := await _used(meter):
+                yield usage
+            if meter.exceeded:
+                raise CpuExceeded(f"The code used more than {cpu_seconds:g} s of CPU time and was stopped.") from None
             raise RunTimedOut(f"The code ran longer than {timeout_seconds:g} s and was stopped.") from None
-        except (SandboxLost, ContextUnknown, Unsupported):
+        except (ContextUnknown, Unsupported):
             ended = True
             raise
-        finally:
-            if not ended:
-                await self._stop(handle, context_id or language)
-        for event in await self._used(handle, before):
-            yield event
-
-    async def _usage(self, handle: Handle) -> dict[str, int]:
-        try:
-            return await self._node("usage", sandbox_id=handle["sandbox_id"])
-        except BackendUnavailable as problem:  # the node's end was the sandbox's
-            raise SandboxLost() from problem
-
-    async def _used(self, handle: Handle, before: dict[str, int]) -> list[Event]:
-        """The usage event; none where the sandbox ended right after the code."""
-        try:
-            after = await self._usage(handle)
         except SandboxLost:
-            return []
-        cpu_us = max(0, after["cpu_us"] - before["cpu_us"])
-        return [Event("usage", {"cpu_us": cpu_us, "peak_memory_bytes": after["peak_memory_bytes"]})]
+            ended = True
+            await self._explain(handle)
+            raise
+        finally:
+            meter.close()
+            if not ended and await self._stop(handle, context_id or language, run):
+                raise ContextRestarted(LOST)
 
-    async def _stop(self, handle: Handle, context: str) -> None:
-        """Return when nothing of the run runs any more; a sandbox that does not obey is ended."""
+    async def _explain(self, handle: Handle) -> None:
+        """Raise SandboxLost in its most exact form, where the node knows why the sandbox has ended."""
+        with suppress(BackendUnavailable):
+            await self._node("fate", sandbox_id=handle["sandbox_id"])
+
+    async def _stop(self, handle: Handle, context: str, run: str) -> bool:
+        """Return when nothing of the run runs any more: True when that cost the context. What does not obey is ended."""
+        body = json.dumps({"run": run}).encode()
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 async with http.request(
-                    handle["dir"], INTERPRETER, "POST", f"/contexts/{quote(context)}/interrupt"
+                    handle["dir"], INTERPRETER, "POST", f"/contexts/{quote(context)}/interrupt", body=body
                 ) as answer:
                     if answer.status == 200:
-                        return
+                        return bool((await answer.json())["lost"])
         except TimeoutError:
             pass
         except SandboxLost:
-            return
+            return False
         await self.kill(handle)
+        return True
 
     async def run_command(
         self,
@@ -213,7 +209,7 @@ class LocalBackend(Backend):
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
     ) -> AsyncIterator[Event]:
-        before = await self._usage(handle)
+        meter = Meter(self.run_dir, handle["sandbox_id"])
         process = {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": env or {}, "cwd": cwd}
         message = json.dumps({"process": process, "stdin": False}).encode()
         headers = _authorized(handle) | {
@@ -224,14 +220,13 @@ class LocalBackend(Backend):
         decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
         exit_code: int | None = None
         pid = 0
-        deadline = (
-            time.monotonic() + timeout_seconds + STOP_SECONDS
-        )  # the agent stops it; this is for one that does not
+        deadline = Deadline(timeout_seconds + STOP_SECONDS)  # the agent stops it; this is for one that does not
         try:
+            await meter.begin()
             async with http.request(
                 handle["dir"], ENVD, "POST", "/process.Process/Start", headers=headers, body=body
             ) as answer:
-                async for envelope in _envelopes(answer, deadline):
+                async for envelope in envelopes(answer, deadline):
                     if error := envelope.get("error"):
                         raise _command_refusal(error, timeout_seconds)
                     event = envelope.get("event", {})
@@ -240,23 +235,31 @@ class LocalBackend(Backend):
                         yield Event(kind, {"text": decoders[kind].decode(base64.b64decode(data))})
                     if "end" in event:
                         exit_code = event["end"].get("exitCode", 0)
+            if exit_code is None:
+                raise SandboxLost()
+            if usage := await _used(meter):
+                yield usage
         except TimeoutError:
             await self.kill(handle)
             raise RunTimedOut() from None
+        except SandboxLost:
+            pid = 0
+            await self._explain(handle)
+            raise
         finally:
+            meter.close()
             if exit_code is None and pid:
-                await self._kill_process(handle, pid)
-        if exit_code is None:
-            raise SandboxLost()
-        for event in await self._used(handle, before):
-            yield event
+                await self._stop_command(handle, pid)
         yield Event("exit", {"exit_code": exit_code})
 
-    async def _kill_process(self, handle: Handle, pid: int) -> None:
+    async def _stop_command(self, handle: Handle, pid: int) -> None:
         try:
-            await self._rpc(handle, "process.Process/SendSignal", {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"})
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._rpc(handle, "process.Process/Stop", {"process": {"pid": pid}})
         except BackendError:
             pass  # it has ended
+        except TimeoutError:
+            await self.kill(handle)
 
     # contexts
 
@@ -353,43 +356,40 @@ def _file_refusal(status: int, said: Any) -> BackendError:
     return FileRefused(message or None, missing=status == 404)
 
 
-async def _lines(answer: http.Answer, deadline: float) -> AsyncIterator[dict[str, Any]]:
-    """The NDJSON lines of an answer. TimeoutError at the deadline, SandboxLost for what is not a line of JSON."""
-    held = bytearray()
-    pieces = answer.pieces()
-    while True:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            piece = await anext(pieces, b"")
-        if not piece:
-            return
-        held += piece
-        if len(held) > LINE_LIMIT:
-            raise SandboxLost("The sandbox sent an endless line.")
-        if b"\n" not in piece:
-            continue
-        *lines, rest = held.split(b"\n")
-        held = bytearray(rest)
-        for line in lines:
-            try:
-                parsed = json.loads(line)
-            except ValueError as problem:
-                raise SandboxLost("The sandbox sent what is not JSON.") from problem
-            if isinstance(parsed, dict):
-                yield parsed
+async def _used(meter: Meter) -> Event | None:
+    """The usage event; none where the sandbox ended right after the code."""
+    try:
+        used = await meter.used()
+    except SandboxLost:
+        return None
+    return Event("usage", {name: used[name] for name in ("cpu_us", "peak_memory_bytes")})
 
 
-def _event(line: dict[str, Any]) -> Event | None:
-    """This product's event for a line of E2B's; None for keepalives and what is unknown."""
+async def _event(line: dict[str, Any], meter: Meter) -> Event | None:
+    """This product's event for a line of E2B's, with the limit that an error stands for; None for what is unknown."""
     match line.pop("type", None):
         case "stdout" | "stderr" as kind:
             return Event(kind, {"text": line["text"]})
         case "result":
             return Event("result", {"main": line.get("is_main_result", False), "mime": wire.to_mime(line)})
         case "error":
-            return Event("error", {name: line[name] for name in ("name", "value", "traceback")})
+            return await _error(line, meter)
         case "number_of_executions":
             return Event("count", {"execution_count": line["execution_count"]})
     return None
+
+
+async def _error(line: dict[str, Any], meter: Meter) -> Event:
+    error = {name: line[name] for name in ("name", "value", "traceback")}
+    died = "status" in line  # the agent's word; what code raises has none
+    limit = limits.suspected(error["name"], error["value"])
+    if died or limit is not None:
+        seen = await meter.why()
+        if died and seen["memory_kills"]:
+            return limits.killed(seen)
+        if limits.confirmed(limit, seen):
+            error["reason"] = limit
+    return Event("error", error)
 
 
 def _command_refusal(error: dict[str, Any], timeout_seconds: float) -> BackendError:
@@ -397,23 +397,3 @@ def _command_refusal(error: dict[str, Any], timeout_seconds: float) -> BackendEr
     if error.get("code") == "deadline_exceeded":
         return RunTimedOut(f"The command ran longer than {timeout_seconds:g} s and was stopped.")
     return FileRefused(message) if error.get("code") == "invalid_argument" else BackendError(message)
-
-
-async def _envelopes(answer: http.Answer, deadline: float) -> AsyncIterator[dict[str, Any]]:
-    """The messages of a Connect stream. BackendError where the request was refused, TimeoutError at the deadline."""
-    if answer.status != 200:
-        raise BackendError((await answer.whole()).decode("utf-8", "replace"))
-    held = bytearray()
-    pieces = answer.pieces()
-    while True:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            piece = await anext(pieces, b"")
-        if not piece:
-            return
-        held += piece
-        while len(held) >= 5:
-            size = struct.unpack(">I", held[1:5])[0]
-            if len(held) < 5 + size:
-                break
-            yield json.loads(held[5 : 5 + size])
-            del held[: 5 + size]

@@ -48,11 +48,30 @@ class Group:
         return int((self.folders["cpuacct"] / "cpuacct.usage").read_text()) // 1000
 
     def peak_memory_bytes(self) -> int:
+        """Since the last reset, where the kernel can reset it."""
         name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
         try:
             return int((self.folders["memory"] / name).read_text())
         except FileNotFoundError:  # memory.peak came with Linux 5.19
             return int((self.folders["memory"] / "memory.current").read_text())
+
+    def reset_peak(self) -> None:
+        if self.version == 1:  # version 2 resets for one descriptor only: there the peak is the sandbox's
+            self._write("memory", "memory.max_usage_in_bytes", 0)
+
+    def memory_kills(self) -> int:
+        """How many processes were killed because memory was used up."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        words = (self.folders["memory"] / name).read_text().split()
+        return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+
+    def most_processes(self) -> int:
+        for name in ("pids.peak", "pids.current"):  # the first came with Linux 6.1
+            try:
+                return int((self.folders["pids"] / name).read_text())
+            except FileNotFoundError:
+                continue
+        return 0
 
     def kill(self) -> None:
         """Kill whoever is inside: what a node left that died."""

@@ -15,6 +15,7 @@ class Measured:
 
     cpu_us: int = 0
     memory_bytes: int = 0
+    tasks: int = 0  # processes and their threads
     each: dict[int, int] = field(default_factory=dict)
 
     def exact_bytes(self) -> tuple[int, int]:
@@ -47,6 +48,7 @@ def measure(pid: int) -> Measured:
             with open(f"/proc/{one}/statm") as file:
                 _, resident, shared, *_ = map(int, file.read().split())
             for task in os.listdir(f"/proc/{one}/task"):
+                total.tasks += 1
                 with open(f"/proc/{one}/task/{task}/children") as file:
                     waiting += map(int, file.read().split())
         except (FileNotFoundError, ProcessLookupError):

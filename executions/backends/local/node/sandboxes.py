@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from node import meters
+from node import meters, runs
 from node.cgroups import Group, Tree
+from node.runs import Counters, Run
 from node.uids import Block
 from node.unborn import Unborn, dead
 
@@ -25,11 +26,11 @@ RESERVED_PROCESSES = 32  # of the control group, beyond the guest's own: the age
 
 
 class Refusal(Exception):
-    """A request that cannot be served: code and sentence."""
+    """A request that cannot be served: code and sentence, and the named limit behind it where there is one."""
 
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: str, detail: str, reason: str = "") -> None:
         super().__init__(detail)
-        self.code, self.detail = code, detail
+        self.code, self.detail, self.reason = code, detail, reason
 
 
 class Sandbox:
@@ -48,7 +49,8 @@ class Sandbox:
         self.alive = False
         self.ending = asyncio.Lock()  # two may ask for its end; both hear when it is over
         self.group: Group | None = None
-        self.peak_memory_bytes = 0
+        self.runs: list[Run] = []
+        self._memory_kills = self._most_processes = 0  # of the watchdog, where there are no control groups
         self._looked_at_bytes = 0
         self._process: Unborn | None = None
         self._expiry: asyncio.TimerHandle | None = None
@@ -66,7 +68,9 @@ class Sandbox:
         listeners: list[socket.socket] = []
         try:
             self._bind(listeners)
+            limits = self.limits
             if tree is not None:
+                limits = limits | {"disk_mib": runs.disk_mib(limits["disk_mib"], limits["memory_mib"])}
                 self.group = tree.create(self.id)
                 self.group.limit(
                     memory_bytes=self.limits["memory_mib"] << 20,
@@ -76,7 +80,7 @@ class Sandbox:
                 for pid in unborn.pids():
                     self.group.add(pid)  # first limits, then life
             plan = {
-                "sandbox_id": self.id, "template": self.template, "limits": self.limits, "env": self.env,
+                "sandbox_id": self.id, "template": self.template, "limits": limits, "env": self.env,
                 "token": self.token, "limit_data": tree is None, "files": self.files, "start_command": self.start_command,
             }  # fmt: skip
             await unborn.be_born(plan, listeners, START_SECONDS if self.start_command else 0)
@@ -116,30 +120,67 @@ class Sandbox:
             self._expiry.cancel()
         self._expiry = asyncio.get_running_loop().call_later(seconds, end)
 
-    def usage(self) -> dict[str, int]:
-        """What it has used since its birth: {"cpu_us", "peak_memory_bytes"}."""
+    def begin_run(self) -> Run:
+        """A meter of what is used from now on; it is given back to end_run()."""
+        run = Run(self)
+        self.note_peak()
         if self.group is not None:
-            return {"cpu_us": self.group.cpu_us(), "peak_memory_bytes": self.group.peak_memory_bytes()}
+            self.group.reset_peak()
+        self.runs.append(run)
+        return run
+
+    def end_run(self, run: Run) -> None:
+        self.runs.remove(run)
+
+    def counters(self) -> Counters:
+        if self.group is not None:
+            return Counters(self.group.cpu_us(), self.group.memory_kills())
+        return Counters(self._measure().cpu_us, self._memory_kills)
+
+    def note_peak(self) -> None:
+        """Let every run that goes on know of the memory that was used since somebody looked."""
+        if self.group is not None:
+            self._note(self.group.peak_memory_bytes())
+        else:
+            self._look(self._measure())
+
+    def _note(self, memory_bytes: int) -> None:
+        for run in self.runs:
+            run.peak_memory_bytes = max(run.peak_memory_bytes, memory_bytes)
+
+    def most_processes(self) -> int:
+        """The most there ever were at one time, as far as was looked."""
+        return self.group.most_processes() if self.group is not None else self._most_processes
+
+    def disk_is_full(self, path: str) -> bool:
+        assert self._process is not None
+        return any(runs.is_full(pid, path) for pid in self._process.pids())
+
+    def died_for_memory(self) -> bool:
+        """Whether the agent itself was killed for the memory that its guests had used; asked after its death."""
+        return self.group is not None and self.group.memory_kills() > 0
+
+    def _measure(self) -> meters.Measured:
         assert self._process is not None
         measured = meters.measure(self._process.pid)
-        self._note(measured)
-        return {"cpu_us": measured.cpu_us, "peak_memory_bytes": self.peak_memory_bytes}
+        self._most_processes = max(self._most_processes, measured.tasks)
+        return measured
 
     def watch_memory(self) -> None:
         """Without control groups: look closely when memory has grown, and kill the largest guest over the limit."""
-        assert self._process is not None
-        measured = meters.measure(self._process.pid)
+        measured = self._measure()
         limit = self.limits["memory_mib"] << 20
         if measured.memory_bytes > min(self._looked_at_bytes + limit // 16, limit):
-            exact, largest = self._note(measured)
+            exact, largest = self._look(measured)
             if exact > limit and largest:
+                self._memory_kills += 1
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(largest, signal.SIGKILL)
 
-    def _note(self, measured: meters.Measured) -> tuple[int, int]:
+    def _look(self, measured: meters.Measured) -> tuple[int, int]:
         exact, largest = measured.exact_bytes()
         self._looked_at_bytes = measured.memory_bytes
-        self.peak_memory_bytes = max(self.peak_memory_bytes, exact)
+        self._note(exact)
         return exact, largest
 
     async def end(self, block: Block | None) -> None:

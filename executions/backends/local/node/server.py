@@ -22,24 +22,40 @@ import socket
 import stat
 import struct
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from guest import landlock, linux, seccomp
 from node.cgroups import Tree
+from node.runs import Run
 from node.sandboxes import Refusal, Sandbox
 from node.templates import Content, Template
 from node.uids import Block
 from node.zygotes import Zygote
 
 WATCHDOG_SECONDS = 0.1
+METER_SECONDS = (0.01, 1.0)  # between two looks at a meter that must not pass a limit
+REMEMBERED = 1000  # sandboxes whose end had a reason that somebody may ask for
 READY_SECONDS = 30  # how long create() waits for a zygote that warms up
+WHY = {
+    "": "There is no such sandbox.",
+    "out_of_memory": "The sandbox used up its memory, files in /home/user and /tmp included, and was ended.",
+}
 IDENTIFIER = re.compile(r"[a-z0-9]{1,64}")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LIMITS = {
     "memory_mib": (64, 1 << 20), "cpu_count": (1, 1024), "disk_mib": (1, 1 << 20), "processes": (4, 1 << 16),
     "output_bytes": (1, 1 << 40),
 }  # fmt: skip
+
+
+@dataclass(slots=True)
+class Client:
+    """Who is connected, with the runs that are metered for it."""
+
+    reader: asyncio.StreamReader
+    runs: list[Run] = field(default_factory=list)
 
 
 class Node:
@@ -52,6 +68,7 @@ class Node:
         self._lives: dict[str, asyncio.Task[None]] = {}  # of the templates
         self._first = {name: Content(python=python) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
+        self.reasons: dict[str, str] = {}  # why sandboxes have ended that nobody asked to end
         self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,6 +155,10 @@ class Node:
 
     async def _bury(self, sandbox: Sandbox) -> None:
         await sandbox.death()
+        if not sandbox.ending.locked() and sandbox.died_for_memory():
+            self.reasons[sandbox.id] = "out_of_memory"
+            if len(self.reasons) > REMEMBERED:
+                del self.reasons[next(iter(self.reasons))]
         await self._end(sandbox)
 
     def _end_soon(self, sandbox: Sandbox) -> None:
@@ -157,7 +178,8 @@ class Node:
     def _known(self, request: dict[str, Any]) -> Sandbox:
         sandbox = self.sandboxes.get(request.get("sandbox_id", ""))
         if sandbox is None or not sandbox.alive:
-            raise Refusal("lost", "There is no such sandbox.")
+            reason = self.reasons.get(request.get("sandbox_id", ""), "")
+            raise Refusal("lost", WHY[reason], reason)
         return sandbox
 
     async def kill(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +196,36 @@ class Node:
         sandbox.expire_in(float(request["seconds"]), lambda: self._end_soon(sandbox))
         return {}
 
-    async def usage(self, request: dict[str, Any]) -> dict[str, Any]:
-        return self._known(request).usage()
+    async def begin(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Meter a run from now on, until the client hangs up."""
+        sandbox = self._known(request)
+        request["client"].runs.append(sandbox.begin_run())
+        return {}
+
+    async def used(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._known(request)
+        return request["client"].runs[-1].used()
+
+    async def why(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._known(request)
+        return request["client"].runs[-1].why()
+
+    async def spent(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answers when the sandbox has used `cpu_us` more than now."""
+        limit = self._known(request).counters().cpu_us + request["cpu_us"]
+        least, most = METER_SECONDS
+        while (left := limit - self._known(request).counters().cpu_us) > 0:
+            if request["client"].reader.at_eof():
+                break
+            await asyncio.sleep(min(most, max(least, left / 1_000_000 / (os.cpu_count() or 1))))
+        return {}
+
+    async def fate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answers while the sandbox lives; when it is just dying, the refusal says why."""
+        for _ in range(50):
+            self._known(request)
+            await asyncio.sleep(0.01)
+        return {}
 
     async def check(self, request: dict[str, Any]) -> dict[str, Any]:
         templates = {name: template.described() for name, template in self.templates.items()}
@@ -199,31 +249,35 @@ class Node:
         said = [t.detail for t in self.templates.values() if t.detail]
         return said[0] if said else "Not tried yet: the templates are warming up."
 
-    OPERATIONS = ("create", "kill", "list", "set_timeout", "usage", "check", "template")
+    OPERATIONS = ("create", "kill", "list", "set_timeout", "begin", "used", "why", "spent", "fate", "check", "template")
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
+    async def _answer(self, line: bytes, client: Client) -> dict[str, Any]:
         try:
             request = json.loads(line)
+            request["client"] = client
             if request.get("op") not in self.OPERATIONS:
                 raise Refusal("invalid", "Unknown operation.")
             return {"ok": True, **await getattr(self, request["op"])(request)}
         except Refusal as refusal:
-            return {"error": refusal.code, "detail": refusal.detail}
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            return {"error": refusal.code, "detail": refusal.detail, "reason": refusal.reason}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
             return {"error": "invalid", "detail": repr(problem)}
         except OSError as problem:
             return {"error": "internal", "detail": str(problem)}
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        client = Client(reader)
         try:
             if struct.unpack("iII", credentials)[1] in (0, os.getuid()):
                 while line := await reader.readline():
-                    writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
+                    writer.write(json.dumps(await self._answer(line, client)).encode() + b"\n")
                     await writer.drain()
         except (ConnectionError, ValueError, asyncio.CancelledError):
             pass
         finally:
+            for run in client.runs:
+                run.sandbox.end_run(run)
             writer.close()
 
     # life

@@ -1,0 +1,93 @@
+"""The line to the node: requests and replies are lines of JSON. A meter is a line that stays open while a run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import Any
+
+from executions.backends.local import http
+from executions.errors import BackendError, BackendUnavailable, SandboxLost, SandboxOutOfMemory
+
+NODE_SECONDS = 90  # a template may warm up first, and run its start command
+LOST = {"out_of_memory": SandboxOutOfMemory}
+
+
+class Link:
+    """One connection to the node that serves `run_dir`."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        """BackendUnavailable where the node does not answer, SandboxLost where it knows no such sandbox."""
+        try:
+            async with asyncio.timeout(NODE_SECONDS):
+                if self._streams is None:
+                    self._streams = await http.open_socket(self.run_dir, "node.sock")
+                reader, writer = self._streams
+                writer.write(json.dumps({"op": op, **request}).encode() + b"\n")
+                answer = json.loads(await reader.readuntil(b"\n"))
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as problem:
+            raise BackendUnavailable(
+                f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node."
+            ) from problem
+        if "error" not in answer:
+            return answer
+        if answer["error"] == "lost":
+            raise LOST.get(answer.get("reason"), SandboxLost)(answer["detail"])
+        if answer["error"] in ("unavailable", "invalid", "exists"):
+            raise BackendUnavailable(answer["detail"])
+        raise BackendError(answer["detail"])
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+
+
+class Meter:
+    """What the node measures of one run. SandboxLost, with the reason where there is one, when the sandbox has ended."""
+
+    def __init__(self, run_dir: str, sandbox_id: str) -> None:
+        self._run_dir, self._sandbox_id = run_dir, sandbox_id
+        self._link = Link(run_dir)
+        self._watching: asyncio.Task[None] | None = None
+        self.exceeded = False  # the CPU time is used up
+
+    async def _ask(self, op: str) -> dict[str, Any]:
+        try:
+            return await self._link.ask(op, sandbox_id=self._sandbox_id)
+        except BackendUnavailable as problem:  # the node's end was the sandbox's
+            raise SandboxLost() from problem
+
+    async def begin(self) -> None:
+        await self._ask("begin")
+
+    async def used(self) -> dict[str, Any]:
+        """{"cpu_us", "peak_memory_bytes"} since begin()."""
+        return await self._ask("used")
+
+    async def why(self) -> dict[str, Any]:
+        """{"reached": [named limits], "memory_kills": int, "memory_mib": int} since begin()."""
+        return await self._ask("why")
+
+    def limit_cpu(self, seconds: float, stop: Any) -> None:
+        """Call `stop` when the run has used this much CPU time."""
+        self._watching = asyncio.create_task(self._watch(seconds, stop))
+
+    async def _watch(self, seconds: float, stop: Any) -> None:
+        link = Link(self._run_dir)
+        try:
+            with suppress(BackendError):
+                await link.ask("spent", sandbox_id=self._sandbox_id, cpu_us=int(seconds * 1_000_000))
+                self.exceeded = True
+                stop()
+        finally:
+            link.close()
+
+    def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        self._link.close()
