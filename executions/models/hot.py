@@ -13,7 +13,6 @@ from typing import Any
 from django.db import connection, models
 from django.db.models.query import get_related_populators
 
-
 AT_ONCE = 200  # rows of one INSERT
 
 
