@@ -37,8 +37,17 @@ class Agent:
             "HOME": HOME, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd,
             "PYTHONPATH": "/opt/sandgate/guest/site", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
             "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.plan["sandbox_id"], "E2B_TEMPLATE_ID": self.plan["template"],
-            **self.plan["env"],
+            **_way_out(self.plan["proxy_port"]), **self.plan["env"],
         }  # fmt: skip
+
+
+def _way_out(port: int) -> dict[str, str]:
+    """The variables by which programs find the egress proxy; what is on loopback is the sandbox's own."""
+    if not port:
+        return {}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{port}")
+    lower = proxies | {"no_proxy": "localhost,127.0.0.1,::1"}
+    return lower | {name.upper(): value for name, value in lower.items()} | {"NODE_USE_ENV_PROXY": "1"}
 
 
 def main(plan: dict[str, Any], node: socket.socket, nursling: Nursling, *listeners: int) -> None:

@@ -56,6 +56,9 @@ def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
         if not message:
             os._exit(0)  # the node does not need this one any more
         plan |= json.loads(message)
+        if plan["proxy_port"]:  # it listens in this network namespace and is served from outside
+            with socket.create_server(("127.0.0.1", plan["proxy_port"]), backlog=128) as listener:
+                socket.send_fds(node, [b"proxy"], [listener.fileno()])
         walls.enclose(plan, {node.fileno(), nursling.fileno(), *listeners}, program)
     except BaseException:
         node.send(traceback.format_exc(limit=-2)[-2000:].encode())

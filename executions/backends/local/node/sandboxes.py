@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from node import meters, runs
+from node import egress, meters, runs
 from node.cgroups import Group, Tree
 from node.runs import Counters, Run
 from node.uids import Block
@@ -42,6 +42,8 @@ class Sandbox:
         self.env: dict[str, str] = request.get("env", {})
         self.files: dict[str, str] = {}
         self.start_command = ""
+        self.network_allow: list[str] = request.get("network_allow", [])
+        self.agent: str = request.get("agent", "")
         self.folder = folder
         self.token = secrets.token_hex(16)
         self.started_at = datetime.now(UTC).isoformat()
@@ -61,7 +63,7 @@ class Sandbox:
             "dir": str(self.folder), "token": self.token,
         }  # fmt: skip
 
-    async def be_born(self, unborn: Unborn, tree: Tree | None) -> None:
+    async def be_born(self, unborn: Unborn, tree: Tree | None, proxy: egress.Egress) -> None:
         """Make this unborn sandbox ours. Refusal where a wall does not stand; end() cleans up in any case."""
         began = time.monotonic()
         self._process = unborn
@@ -82,8 +84,14 @@ class Sandbox:
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": limits, "env": self.env,
                 "token": self.token, "limit_data": tree is None, "files": self.files, "start_command": self.start_command,
+                "proxy_port": egress.PORT if self.network_allow else 0,
             }  # fmt: skip
-            await unborn.be_born(plan, listeners, START_SECONDS if self.start_command else 0)
+            await unborn.be_born(
+                plan,
+                listeners,
+                START_SECONDS if self.start_command else 0,
+                lambda listener: proxy.open(self.id, self.network_allow, self.agent, listener),
+            )
             self.alive = True
         except (OSError, TimeoutError) as problem:
             raise Refusal("unavailable", f"The sandbox could not be made: {problem or 'no answer in time'}") from None

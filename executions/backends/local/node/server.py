@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from executions import network
 from guest import landlock, linux, seccomp
 from node.cgroups import Tree
+from node.egress import Egress
 from node.runs import Run
 from node.sandboxes import Refusal, Sandbox
 from node.templates import Content, Template
@@ -68,6 +70,7 @@ class Node:
         self._lives: dict[str, asyncio.Task[None]] = {}  # of the templates
         self._first = {name: Content(python=python) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
+        self.proxy = Egress(self.block)
         self.reasons: dict[str, str] = {}  # why sandboxes have ended that nobody asked to end
         self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,12 +105,14 @@ class Node:
             if not isinstance(value, int) or not least <= value <= most:
                 raise Refusal("invalid", f"limits.{name} must be between {least} and {most}.")
         template, zygote = await self._ready(request.get("template"))
-        if request.get("network"):
-            raise Refusal("invalid", "The local runtime has no network.")
+        try:
+            network.Rules(request.get("network_allow", []))
+        except ValueError as problem:
+            raise Refusal("invalid", str(problem)) from None
         sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
         sandbox.files, sandbox.start_command = template.content.files, template.content.start_command
         try:
-            await sandbox.be_born(await zygote.unborn(), self.tree)
+            await sandbox.be_born(await zygote.unborn(), self.tree, self.proxy)
         except OSError as problem:
             await self._end(sandbox)
             raise Refusal("unavailable", f"The sandbox could not be made: {problem}") from None
@@ -171,6 +176,8 @@ class Node:
 
     async def _end(self, sandbox: Sandbox) -> None:
         async with sandbox.ending:
+            if sandbox.network_allow:
+                await self.proxy.close(sandbox.id)
             await sandbox.end(self.block)
         if self.sandboxes.get(sandbox.id) == sandbox:
             del self.sandboxes[sandbox.id]
@@ -227,6 +234,10 @@ class Node:
             await asyncio.sleep(0.01)
         return {}
 
+    async def egress(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A page of what the sandbox asked of the network; for a while also of one that has ended."""
+        return await self.proxy.take(str(request["sandbox_id"]), int(request["after"]), bool(request["final"]))
+
     async def check(self, request: dict[str, Any]) -> dict[str, Any]:
         templates = {name: template.described() for name, template in self.templates.items()}
         return {"templates": templates, "walls": self.walls(), "sandboxes": len(self.sandboxes)}
@@ -249,7 +260,8 @@ class Node:
         said = [t.detail for t in self.templates.values() if t.detail]
         return said[0] if said else "Not tried yet: the templates are warming up."
 
-    OPERATIONS = ("create", "kill", "list", "set_timeout", "begin", "used", "why", "spent", "fate", "check", "template")
+    OPERATIONS = ("create", "kill", "list", "set_timeout", "begin", "used", "why", "spent", "fate", "check", "template",
+                  "egress")  # fmt: skip
 
     async def _answer(self, line: bytes, client: Client) -> dict[str, Any]:
         try:
@@ -309,6 +321,7 @@ class Node:
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
+        await self.proxy.stop()
         if self.tree is not None:
             self.tree.remove()
         (self.run_dir / "node.sock").unlink(missing_ok=True)

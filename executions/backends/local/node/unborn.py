@@ -12,12 +12,14 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from node.uids import Block
 
 CREDENTIALS = struct.Struct("iII")
+DESCRIPTOR = struct.Struct("i")
 SECONDS = 10
 
 
@@ -25,6 +27,7 @@ class Unborn:
     def __init__(self, uid: int | None) -> None:
         self.uid = uid
         self.pid, self.pidfd = 0, -1
+        self._handed: socket.socket | None = None
         self._node, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._node.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._node.setblocking(False)
@@ -67,21 +70,40 @@ class Unborn:
             await readable
         finally:
             loop.remove_reader(self._node)
-        said, ancillary, _, _ = self._node.recvmsg(4096, socket.CMSG_SPACE(CREDENTIALS.size))
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and said:
-                return said, CREDENTIALS.unpack(data[: CREDENTIALS.size])[0]
-        return b"", 0
+        room = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(DESCRIPTOR.size)
+        said, ancillary, _, _ = self._node.recvmsg(4096, room, socket.MSG_CMSG_CLOEXEC)
+        pid = 0
+        for _, kind, data in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                self._handed = socket.socket(fileno=DESCRIPTOR.unpack(data[: DESCRIPTOR.size])[0])
+            elif kind == socket.SCM_CREDENTIALS:
+                pid = CREDENTIALS.unpack(data[: CREDENTIALS.size])[0]
+        return (said, pid) if said and pid else (b"", 0)
 
     def pids(self) -> list[int]:
         """Itself and the first context, which waits with it."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [self.pid, *map(int, children)]
 
-    async def be_born(self, plan: dict[str, Any], listeners: list[socket.socket], more_seconds: float) -> None:
-        """Give it its plan and its sockets; returns when all walls stand and it serves. OSError or TimeoutError otherwise."""
+    async def be_born(
+        self,
+        plan: dict[str, Any],
+        listeners: list[socket.socket],
+        more_seconds: float,
+        open_gate: Callable[[socket.socket], Awaitable[None]],
+    ) -> None:
+        """Give it its plan and its sockets; returns when all walls stand and it serves. OSError or TimeoutError otherwise.
+
+        Where the plan has a port for the proxy, `open_gate` is given the socket that listens there, inside the sandbox.
+        """
         socket.send_fds(self._node, [json.dumps(plan).encode()], [listener.fileno() for listener in listeners])
         async with asyncio.timeout(SECONDS + more_seconds):
+            if plan["proxy_port"]:
+                await self._expect(b"proxy")
+                if self._handed is None:
+                    raise OSError("the sandbox did not hand over its proxy's socket")
+                with self._handed as listener:
+                    await open_gate(listener)
             await self._expect(b"ready")
         self._node.close()
 
