@@ -37,5 +37,7 @@ def confirmed(limit: NamedLimit | None, seen: dict[str, Any]) -> bool:
 
 def killed(seen: dict[str, Any]) -> Event:
     """The error of a run whose context was killed for its memory."""
-    said = f"The code used more than {seen['memory_mib']} MiB of memory; its context was ended and its variables are lost."
+    said = (
+        f"The code used more than {seen['memory_mib']} MiB of memory; its context was ended and its variables are lost."
+    )
     return Event("error", {"name": "OutOfMemory", "value": said, "traceback": "", "reason": NamedLimit.OUT_OF_MEMORY})

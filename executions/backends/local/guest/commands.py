@@ -16,7 +16,7 @@ from typing import Any
 from .connect import ConnectError, envelope, messages, only_message
 from .files import HOME
 from .http import Request
-from .processes import descendants, extinguish, fork_guest, kill, now_ticks, started_by
+from .processes import Moment, descendants, extinguish, fork_guest, kill, now, started_by
 
 PIECE = 16 * 1024
 SIGNALS = {"SIGNAL_SIGKILL": signal.SIGKILL, "SIGNAL_SIGTERM": signal.SIGTERM}
@@ -34,7 +34,7 @@ class Command:
     outputs: list[int]  # stdout and stderr, or the terminal
     input: int | None  # stdin, or the terminal
     terminal: bool
-    since: int  # when it began, in ticks
+    since: Moment  # before it began
     status: int | None = None
     silent: bool = False  # it has ended and all that it said is told
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -156,7 +156,7 @@ class Commands:
             os.chdir(cwd)
             os.execvpe(argv[0], argv, environment)
 
-        since = now_ticks()
+        since = now()
         try:
             pid = fork_guest(self.agent.plan, self.agent.rules, become)
         except OSError as problem:

@@ -19,7 +19,7 @@ from .processes import (
     extinguish,
     fork_guest,
     kill,
-    now_ticks,
+    now,
     started_by,
     working_threads,
 )
@@ -28,9 +28,12 @@ GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the
 THREAD_SECONDS = 0.3  # for threads that the run has started to end, too
 HANDOVER_SECONDS = 5  # for an idle context to take its next cell
 LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
+ITEMS_LIMIT = 2_000_000  # values in one result: beyond it reading the line takes many times its own memory
+EVENT_BYTES = 256  # what an event takes beside its text
 HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
 PIECE = 64 * 1024
 TRUNCATED = "\n[output ends here: it passed the limit of {} bytes]\n"
+SWOLLEN = "\n[a result of more than {} values was left out]\n"
 
 RUNNERS = {"python": python_context.run, "bash": bash_context.run}
 
@@ -51,7 +54,8 @@ class Context:
         self.pid = 0
         self._channels: dict[int, str] = {}
         self._interrupting: asyncio.Task | None = None
-        self._said = self._since = 0
+        self._said = 0
+        self._since = now()
         self._counted = False
         self.run = ""  # the run that is going on, by the name that its client gave it
         self.lost: deque[str] = deque(maxlen=64)  # runs that ended with the context
@@ -171,6 +175,9 @@ class Context:
         *lines, rest = self._partial.split(b"\n")
         self._partial = bytearray(rest)
         for line in lines:
+            if len(line) > ITEMS_LIMIT and sum(map(line.count, b",:[{")) > ITEMS_LIMIT:
+                self._push({"type": "stderr", "text": SWOLLEN.format(ITEMS_LIMIT)}, 0)
+                continue
             try:
                 event = json.loads(line)
                 kind = event["type"]
@@ -179,7 +186,7 @@ class Context:
             if kind == "end":
                 self.idle.set()
             elif kind == "count" and not self._counted:  # what the context needs has started, the cell has not
-                self._counted, self._since = True, now_ticks()
+                self._counted, self._since = True, now()
             self._push(event, len(line))
 
     def _output(self, name: str, text: str, size: int) -> None:
@@ -194,9 +201,9 @@ class Context:
     def _push(self, event: dict[str, Any], size: int) -> None:
         if self.id not in self.agent.running:
             return  # a background thread between cells: there is nobody to tell
-        event["_size"] = size
+        event["_size"] = size + EVENT_BYTES
         self.events.append(event)
-        self._held += size
+        self._held += size + EVENT_BYTES
         self.arrived.set()
         if self._held > HIGH_WATER and self._reading:
             self._pause()
@@ -219,7 +226,7 @@ class Context:
         self.take()
         self._said = 0
         self._counted, self.run = False, run
-        self._since = now_ticks()
+        self._since = now()
         self.idle.clear()
         self.agent.running.add(self.id)
         data = json.dumps({"code": code, "env": env}).encode() + b"\n"
@@ -248,16 +255,18 @@ class Context:
                 except ProcessLookupError:
                     break
                 except TimeoutError:
-                    continue
+                    await self._extinguish(pid)  # it may be waiting for a child that does not hear
             if not self.idle.is_set() or not await self._threads_ended(pid):
                 self.end()
                 await self.ended.wait()
-                await self._idle_dropping()
-            await extinguish(lambda: started_by(pid, self._since, self.agent.reaper.roots))
+            await self._extinguish(pid)
             if not self.pid and self.run not in self.lost:
                 self.lost.append(self.run)
         finally:
             self._interrupting = None
+
+    async def _extinguish(self, pid: int) -> None:
+        await extinguish(lambda: started_by(pid, self._since, self.agent.reaper.roots))
 
     async def _threads_ended(self, pid: int) -> bool:
         deadline = time.monotonic() + THREAD_SECONDS

@@ -66,9 +66,14 @@ def _exit() -> NoReturn:
     os._exit(70)
 
 
-def now_ticks() -> int:
-    """Now, in the unit and origin of a process's start time."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS)
+Moment = tuple[int, int]  # a process's start time (in ticks of 10 ms since boot) and its pid: they order all processes
+
+
+def now() -> Moment:
+    """Every process that exists is at or before it, every later one behind it."""
+    with open("/proc/loadavg") as file:
+        last_pid = int(file.read().rpartition(" ")[2])  # of this namespace
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS), last_pid
 
 
 def table() -> dict[int, tuple[int, int, int]]:
@@ -99,7 +104,7 @@ def descendants(pid: int, processes: dict[int, tuple[int, int, int]] | None = No
         found |= more
 
 
-def started_by(pid: int, since: int, roots: set[int]) -> set[int]:
+def started_by(pid: int, since: Moment, roots: set[int]) -> set[int]:
     """What a run of `pid` has started since then, however it hid: all that began later and is nobody else's.
 
     `roots` are the processes that the agent has started. A daemon in a session of its own has lost its parent, so it
@@ -109,7 +114,7 @@ def started_by(pid: int, since: int, roots: set[int]) -> set[int]:
     spared = {os.getpid(), pid}
     for root in roots - {pid}:
         spared |= {root} | descendants(root, processes)
-    new = {p for p, (_, _, start) in processes.items() if start >= since and p not in spared}
+    new = {p for p, (_, _, start) in processes.items() if (start, p) > since and p not in spared}
     old = set(processes) - new - {os.getpid(), pid}
     while more := {p for p in new if processes[p][0] in old}:
         new, old = new - more, old | more
@@ -134,7 +139,7 @@ async def extinguish(find: Callable[[], set[int]]) -> None:
     os.kill(-1, signal.SIGKILL)  # the kernel lets nobody fork meanwhile; pid 1 is not meant
 
 
-def working_threads(pid: int, since: int) -> bool:
+def working_threads(pid: int, since: Moment) -> bool:
     """Whether threads that began since then are at work; those that wait for a lock are not, as in an idle pool."""
     for task in (name for name in _names(f"/proc/{pid}/task") if int(name) != pid):
         try:
@@ -144,7 +149,7 @@ def working_threads(pid: int, since: int) -> bool:
                 call = file.read().split()[0]
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
-        if start >= since and call != FUTEX:
+        if (start, int(task)) > since and call != FUTEX:
             return True
     return False
 

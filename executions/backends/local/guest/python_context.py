@@ -116,6 +116,8 @@ class Channels:
     def send(self, **event: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        if os.getpid() != self.owner:
+            return  # nor has it anything to say about the cell
         line = json.dumps(event, default=repr).encode() + b"\n"
         self.wait_for_others(self.control.fileno())
         self.control.sendall(line)
@@ -153,7 +155,8 @@ def run(control: socket.socket, environment: dict[str, str]) -> None:
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     shell.send = channels.send
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as any Python has it
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as any Python has it, like the next
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for name in ours:
         sys.modules.pop(name, None)  # users may have modules of these names
     sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate"), PACKAGES]
@@ -182,6 +185,8 @@ def _run_cell(request: dict[str, Any], channels: Channels) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # between the cell's last line and ours
         channels.send(type="error", name="KeyboardInterrupt", value="", traceback="KeyboardInterrupt")
+    if os.getpid() != channels.owner:
+        os._exit(0)  # a fork that came to the cell's end: the next cell is not its own
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

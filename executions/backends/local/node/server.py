@@ -160,7 +160,8 @@ class Node:
 
     async def _bury(self, sandbox: Sandbox) -> None:
         await sandbox.death()
-        if not sandbox.ending.locked() and sandbox.died_for_memory():
+        asked = sandbox.ending.locked() or self.sandboxes.get(sandbox.id) is not sandbox
+        if not asked and sandbox.died_for_memory():
             self.reasons[sandbox.id] = "out_of_memory"
             if len(self.reasons) > REMEMBERED:
                 del self.reasons[next(iter(self.reasons))]
