@@ -27,13 +27,15 @@ class RunningNode:
 
 
 @contextmanager
-def running_node(python: Path, *, ready: bool = True, **popen) -> Iterator[RunningNode]:
+def running_node(python: Path, *, ready: bool = True, forks_limit: int = 0, **popen) -> Iterator[RunningNode]:
     """A node with one template, `default`. RuntimeError when it does not become ready within a minute."""
     with tempfile.TemporaryDirectory(prefix="sandgate-node-") as folder:
         run_dir = Path(folder) / "run"
         os.chmod(folder, 0o755)
         popen.setdefault("preexec_fn", servers.die_with_parent)
-        process = subprocess.Popen(local.command(run_dir, {"default": str(python)}), stdin=subprocess.DEVNULL, **popen)
+        command = local.command(run_dir, {"default": str(python)})
+        command += ["--forks-limit", str(forks_limit)] if forks_limit else []
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **popen)
         backend = local.LocalBackend("local", {"RUN_DIR": str(run_dir)})
         try:
             if ready:

@@ -36,9 +36,9 @@ def mistakes(template: Template) -> dict[str, str]:
     found = {}
     try:
         for requirement in template.packages:
-            packages.name_of(str(requirement))
-    except (Invalid, TypeError) as e:
-        found["packages"] = getattr(e, "detail", "A list of requirements.")
+            packages.name_of(requirement)
+    except (Invalid, TypeError, AttributeError) as e:
+        found["packages"] = e.detail if isinstance(e, Invalid) else "A list of requirements."
     files = template.files
     if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
         found["files"] = "An object: path to text."

@@ -61,8 +61,8 @@ class Client:
 
 
 class Node:
-    def __init__(self, run_dir: Path, templates: dict[str, str]) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, templates: dict[str, str], forks_limit: int) -> None:
+        self.run_dir, self.forks_limit = run_dir, forks_limit
         self.root = linux.has_capabilities()
         self.block = Block() if self.root else None
         self.tree, self.without_cgroups = self._tree()
@@ -151,7 +151,7 @@ class Node:
         if name in self.templates:
             self.templates[name].renew(content)
             return
-        template = self.templates[name] = Template(name, content, self.run_dir, self.block)
+        template = self.templates[name] = Template(name, content, self.run_dir, self.block, self.forks_limit)
         self._lives[name] = asyncio.create_task(template.run())
 
     async def _let_go(self, life: asyncio.Task[None]) -> None:
@@ -353,6 +353,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sandgate-node", description="Supervise the sandboxes of this machine.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--template", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--forks-limit", type=int, default=10_000, help="sandboxes of one zygote; then it is renewed")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -367,5 +368,5 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"Another node serves {run_dir}.\n")
         return 1
     templates = dict(item.split("=", 1) for item in options.template)
-    asyncio.run(_run(Node(run_dir, templates), options.die_with_parent))
+    asyncio.run(_run(Node(run_dir, templates, options.forks_limit), options.die_with_parent))
     return 0

@@ -12,7 +12,6 @@ from node.zygotes import Zygote
 
 RETRY_SECONDS = 5
 LOOK_SECONDS = 1
-FORKS_LIMIT = 10_000  # sandboxes of one zygote; then a new one takes over
 GROWTH_LIMIT_BYTES = 128 << 20  # of a zygote's own memory since it was warm
 IDLE_SECONDS = 300  # a zygote on demand that nobody has used for so long is let go
 
@@ -56,8 +55,9 @@ class Content:
 class Template:
     """`state` is warming, ready, asleep or broken; `detail` says why."""
 
-    def __init__(self, name: str, content: Content, run_dir: Path, block: Block | None) -> None:
+    def __init__(self, name: str, content: Content, run_dir: Path, block: Block | None, forks_limit: int) -> None:
         self.name, self.content, self.run_dir, self.block = name, content, run_dir, block
+        self.forks_limit = forks_limit  # sandboxes of one zygote; then a new one takes over
         self.state, self.detail = "warming", ""
         self.zygote: Zygote | None = None
         self.settled = asyncio.Event()  # ready or broken
@@ -173,7 +173,7 @@ class Template:
                 return
 
     def _grown(self, zygote: Zygote) -> bool:
-        return zygote.forks >= FORKS_LIMIT or zygote.rss_bytes() - zygote.first_rss_bytes > GROWTH_LIMIT_BYTES
+        return zygote.forks >= self.forks_limit or zygote.rss_bytes() - zygote.first_rss_bytes > GROWTH_LIMIT_BYTES
 
     def _unused(self, zygote: Zygote) -> bool:
         return not zygote.alive() and asyncio.get_running_loop().time() - self._used_at > IDLE_SECONDS
