@@ -79,6 +79,8 @@ async def _write(path: str, pieces: AsyncIterator[bytes], written: list[str]) ->
         raise _refused(400, f"path '{path}' is there twice")
     try:
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    except RecursionError:
+        raise _refused(400, "the path has too many folders") from None
     except OSError as problem:
         status = 507 if problem.errno == errno.ENOSPC else 400
         raise _refused(status, f"path '{os.path.dirname(path)}': {os.strerror(problem.errno or 0)}") from None

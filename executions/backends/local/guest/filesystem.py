@@ -30,9 +30,9 @@ def _entry(path: str) -> dict[str, Any]:
     facts = os.lstat(path)
     kind = "FILE_TYPE_DIRECTORY" if stat.S_ISDIR(facts.st_mode) else "FILE_TYPE_FILE"
     entry = {
-        "name": os.path.basename(path) or "/",
+        "name": _text(os.path.basename(path)) or "/",
         "type": kind,
-        "path": path,
+        "path": _text(path),
         "size": str(facts.st_size),
         "mode": stat.S_IMODE(facts.st_mode),
         "permissions": stat.filemode(facts.st_mode),
@@ -41,8 +41,13 @@ def _entry(path: str) -> dict[str, Any]:
         "modifiedTime": datetime.fromtimestamp(facts.st_mtime, UTC).isoformat().replace("+00:00", "Z"),
     }
     if stat.S_ISLNK(facts.st_mode):
-        entry |= {"type": "FILE_TYPE_SYMLINK", "symlinkTarget": os.readlink(path), "permissions": "Lrwxrwxrwx"}
+        entry |= {"type": "FILE_TYPE_SYMLINK", "symlinkTarget": _text(os.readlink(path)), "permissions": "Lrwxrwxrwx"}
     return entry
+
+
+def _text(name: str) -> str:
+    """A file's name as text: bytes that are none become U+FFFD, or whoever sends the name on breaks."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _owner(number: int) -> str:
@@ -88,7 +93,8 @@ def _list(body: dict[str, Any]) -> dict[str, Any]:
         raise ConnectError("invalid_argument", f"path is not a directory: {path}")
     entries: list[dict[str, Any]] = []
     level = [path]
-    for _ in range(depth):
+    while level and depth > 0:
+        depth -= 1
         below: list[str] = []
         for folder in level:
             for name in sorted(os.listdir(folder)):
@@ -108,6 +114,8 @@ def _translated(service: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable
     def call(body: dict[str, Any]) -> dict[str, Any]:
         try:
             return service(body)
+        except RecursionError:
+            raise ConnectError("resource_exhausted", "the folders are nested too deeply") from None
         except OSError as problem:
             code = CODES.get(problem.errno or 0, "internal")
             raise ConnectError(code, f"{problem.filename or ''}: {os.strerror(problem.errno or 0)}") from None

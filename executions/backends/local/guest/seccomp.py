@@ -37,11 +37,12 @@ LAST_KNOWN = 462  # mseal; later calls answer ENOSYS until somebody has read abo
 
 # calls on a process: the first argument must be 0, which means the caller itself
 ON_SELF_ONLY = {
-    "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118), "sched_setattr": (314, 274),
 }  # fmt: skip
 NUMBERS = {"clone": (56, 220), "unshare": (272, 97), "ioctl": (16, 29), "socket": (41, 198), "socketpair": (53, 199),
-           "setpriority": (141, 140), "ioprio_set": (251, 30)}  # fmt: skip
+           "setpriority": (141, 140), "ioprio_set": (251, 30), "prlimit64": (302, 261), "setrlimit": (160, 164)}  # fmt: skip
+RLIMIT_CORE = 4  # fixed at 1: a lower one would let a crash start the host's core dump handler
 NEW_NAMESPACES = 0x7E020000
 TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock would reach a hypervisor past the network namespace
@@ -66,7 +67,11 @@ def _when(number: int, *body: bytes) -> bytes:
 
 
 def _argument(index: int) -> bytes:
-    return _instruction(LOAD, ARGUMENT + 8 * index)  # the low half: the kernel reads these arguments as 32 bits
+    return _load(index)  # the low half: the kernel reads these arguments as 32 bits
+
+
+def _load(index: int, high: bool = False) -> bytes:
+    return _instruction(LOAD, ARGUMENT + 8 * index + 4 * high)
 
 
 def program(machine: str = linux.MACHINE) -> bytes:
@@ -103,6 +108,16 @@ def program(machine: str = linux.MACHINE) -> bytes:
     parts.append(_when(call["setpriority"], _argument(0), *on_self, _argument(1), *on_self, allow))
     ioprio_process = [_instruction(EQUAL, 1, 1, 0), _refuse()]
     parts.append(_when(call["ioprio_set"], _argument(0), *ioprio_process, _argument(1), *on_self, allow))
+    core = _instruction(EQUAL, RLIMIT_CORE, 0, 1)
+    parts.append(_when(call["setrlimit"], _argument(0), core, _refuse(), allow))
+    asking = _instruction(EQUAL, 0, 0, 3) + _load(2, high=True) + _instruction(EQUAL, 0, 0, 1)  # no new limit: both halves are 0
+    only_asking = _load(2) + asking + allow + _refuse()
+    parts.append(
+        _when(
+            call["prlimit64"], _argument(0), _instruction(EQUAL, 0, 1, 0), _refuse(),
+            _argument(1), _instruction(EQUAL, RLIMIT_CORE, 0, len(only_asking) // 8), only_asking, allow,
+        )
+    )  # fmt: skip
     parts.append(allow)
     return b"".join(parts)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from . import landlock, linux, seccomp
 
 USER = 1000
+RLIMIT_SIGPENDING = 11
 INNER = (
     linux.CLONE_NEWUSER
     | linux.CLONE_NEWNS
@@ -24,6 +25,14 @@ INNER = (
     | linux.CLONE_NEWUTS
 )
 INODES_PER_MIB = 64
+# Watches are counted against the zygote's user as well: one sandbox must not take those of all its siblings.
+OF_THE_NAMESPACE = {"max_user_namespaces": 0, "max_inotify_instances": 16, "max_inotify_watches": 8192}
+# what tells of the machine and not of the sandbox
+MASKED = (
+    "cmdline", "config.gz", "diskstats", "interrupts", "iomem", "ioports", "kallsyms", "kcore", "key-users", "keys", "latency_stats",
+    "modules", "partitions", "sched_debug", "softirqs", "timer_list",
+)  # fmt: skip
+TERMINALS = 64  # the machine has 4096 for all
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
 
 
@@ -49,7 +58,11 @@ def unshare(plan: dict, node: socket.socket) -> None:
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     linux.mount("proc", "/proc", "proc", flags)  # failing here is fatal: the outer one shows the zygote
-    Path("/proc/sys/user/max_user_namespaces").write_text("0")
+    for name, value in OF_THE_NAMESPACE.items():
+        Path(f"/proc/sys/user/{name}").write_text(str(value))
+    for name in MASKED:
+        if os.path.isfile(f"/proc/{name}"):
+            linux.mount("/dev/null", f"/proc/{name}", None, linux.MS_BIND)
 
 
 def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
@@ -83,7 +96,7 @@ def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
     shm = min(64, max(1, limits["memory_mib"] // 4))
     linux.mount("sandbox", "/dev/shm", "tmpfs", flags, f"size={shm}m,nr_inodes=4096,mode=1777,{own}")
     linux.mount(
-        "devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
+        "devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, f"newinstance,ptmxmode=0666,mode=0620,max={TERMINALS}"
     )
     linux.mount("sandbox", "/run", "tmpfs", flags | linux.MS_RDONLY, "size=4k,mode=755")  # over the zygote's
     for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
@@ -107,12 +120,13 @@ def _close_all_but(keep: set[int]) -> None:
 def _limit(plan: dict) -> None:
     limits = plan["limits"]
     for limit, value in (
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # not 0, which a handler in core_pattern ignores; 1 means none at all (fs/coredump.c)
         (resource.RLIMIT_NOFILE, 4096),
         (resource.RLIMIT_FSIZE, limits["disk_mib"] << 20),
         (resource.RLIMIT_NPROC, limits["processes"] + RESERVED_PROCESSES),
         (resource.RLIMIT_MEMLOCK, 64 << 10),
         (resource.RLIMIT_MSGQUEUE, 0),
+        (RLIMIT_SIGPENDING, 1024),
     ):
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -69,8 +69,11 @@ def build(at: str, shown: list[str]) -> None:
         linux.harden(str(root / "dev" / device), flags=linux.MS_NOSUID | linux.MS_NOEXEC)
     for name, target in DEVICE_LINKS.items():
         (root / "dev" / name).symlink_to(target)
-    _show(str(HERE / "guest"), root / OURS[1:] / "guest")
-    _show(str(HERE.parent / "wire.py"), root / OURS[1:] / "wire.py")
+    ours = [path for path in HERE.glob("guest/**/*") if path.is_file() and path.parent.name != "__pycache__"]
+    for source in (*ours, HERE.parent / "wire.py"):  # copied: a mount would tell where we are installed
+        target = root / OURS[1:] / source.relative_to(HERE if source.is_relative_to(HERE) else HERE.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
     for path, descriptor in opened.items():
         _show(f"/proc/self/fd/{descriptor}", root / path[1:])
         os.close(descriptor)
