@@ -18,6 +18,7 @@ MIME = {
     "data": "e2b/data",
     "chart": "e2b/chart",
 }
+DEPTH_LIMIT = 100
 FIELD = {mime: field for field, mime in MIME.items()}
 
 
@@ -28,11 +29,22 @@ def unquoted(text: str) -> str:
     return text
 
 
+def flat(value: Any, left: int = DEPTH_LIMIT) -> bool:
+    """Whether containers are nested at most `left` deep: what is deeper breaks whoever reads, stores or sends it on."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return True
+    return left > 0 and all(flat(one, left - 1) for one in value if isinstance(one, list | dict))
+
+
 def to_e2b(mime: dict[str, Any]) -> dict[str, Any]:
     """The fields of an E2B result from a MIME bundle; what has no field of its own goes to `extra`."""
     fields: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for kind, value in mime.items():
+        if not flat(value):
+            continue
         if kind in FIELD:
             fields[FIELD[kind]] = value
         else:
@@ -45,11 +57,11 @@ def to_e2b(mime: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_mime(fields: dict[str, Any]) -> dict[str, Any]:
-    """The MIME bundle from the fields of an E2B result; nulls are left out."""
-    bundle = {mime: fields[field] for field, mime in MIME.items() if fields.get(field) is not None}
+    """The MIME bundle from the fields of an E2B result; nulls, and what is nested too deeply, are left out."""
+    bundle = {mime: fields[field] for field, mime in MIME.items() if fields.get(field) is not None and flat(fields[field])}
     extra = fields.get("extra")
     if isinstance(extra, dict):
-        bundle.update({kind: value for kind, value in extra.items() if kind not in bundle})
+        bundle.update({kind: value for kind, value in extra.items() if kind not in bundle and flat(value)})
     return bundle
 
 
