@@ -7,7 +7,7 @@ MIME bundles. All verbs are asynchronous and may be called from many tasks at on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ class Capabilities:
     packages: bool = False
     internet: bool = False
     network_rules: bool = False
+    egress: bool = False  # egress() tells what a sandbox connected to, as seen from outside
     templates: bool = False  # made here from their rows: packages, files, start command
     pause: bool = False
     run_limits: bool = False  # memory of a fresh sandbox and CPU time of a run are limited as asked
@@ -56,7 +57,24 @@ class SandboxSpec:
     limits: Limits = Limits()
     env: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    network: bool = False
+    network_allow: tuple[str, ...] = ()  # rules as executions.network reads them; none: no network at all
+    agent: str = ""  # whose it is, for the sentences that its code is refused with
+
+
+@dataclass(frozen=True, slots=True)
+class EgressRecord:
+    """One connection out of a sandbox, or one refusal and how often it was repeated; bytes out are the sandbox's."""
+
+    number: int  # of the sandbox, in the order in which they ended
+    host: str
+    port: int
+    verdict: str  # a states.EgressVerdict
+    reason: str
+    address: str
+    bytes_out: int
+    bytes_in: int
+    times: int
+    at: str  # ISO 8601
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +168,18 @@ class Backend:
 
     async def have_template(self, name: str, content: dict[str, Any] | None) -> None:
         """From now on `name` is made of this; None: let go of it. Living sandboxes stay as they are."""
+        raise Unsupported
+
+    def network_refusal(self, allow: Sequence[str]) -> str:
+        """Why this backend cannot hold a sandbox to these rules; empty where it can."""
+        if allow and not self.capabilities.internet:
+            return "gives sandboxes no network"
+        if allow and list(allow) != ["*"] and not self.capabilities.network_rules:
+            return "has no network rules, only all of the internet or nothing"
+        return ""
+
+    async def egress(self, handle: Handle, *, after: int = 0, final: bool = False) -> list[EgressRecord]:
+        """What has ended since record `after`. `final` ends its connections first; works for a while after its end, too."""
         raise Unsupported
 
     async def create(self, spec: SandboxSpec) -> Handle:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -29,12 +29,14 @@ from executions.errors import (
     SandgateError,
     Unsupported,
 )
+from executions.network import PORTS, Rules
 from executions.states import LANGUAGES
 
 CLOUD = "e2b.app"
 TEMPLATE = "code-interpreter-v1"  # where ours is "default" and names no other
 OURS = {"managed_by": "sandgate"}  # metadata of every sandbox that is made here
 OUR_ID = "sandgate_sandbox"
+EVERYTHING = "0.0.0.0/0"
 INTERPRETER = 49999
 CREATE_SECONDS = 15
 ASK_SECONDS = 10  # for the rest of the API; who asks, asks again
@@ -61,6 +63,13 @@ async def _loaded() -> Any:
     return _sdk() if "e2b_code_interpreter" in sys.modules else await asyncio.to_thread(_sdk)
 
 
+def _network(allow: Sequence[str]) -> dict[str, Any]:
+    """The arguments of create: nothing, all of the internet, or these names alone."""
+    if not allow or "*" in allow:
+        return {"allow_internet_access": bool(allow)}
+    return {"network": {"allow_out": list(allow), "deny_out": [EVERYTHING]}}
+
+
 class E2BBackend(Backend):
     """OPTIONS: API_KEY; DOMAIN, API_URL, SANDBOX_URL (empty: E2B's cloud); LANGUAGES and ISOLATION where they differ from
     E2B's own. The sizes of a sandbox are those of its template; `limits` cannot change them."""
@@ -73,6 +82,7 @@ class E2BBackend(Backend):
         contexts=True,
         packages=True,
         internet=True,
+        network_rules=True,
     )
     isolation = "microvm"
 
@@ -94,6 +104,11 @@ class E2BBackend(Backend):
 
     def template_name(self, name: str, mapped: str) -> str:
         return mapped or (TEMPLATE if name == "default" else name)
+
+    def network_refusal(self, allow: Sequence[str]) -> str:
+        """E2B looks at the names in HTTP (port 80) and TLS (port 443); it cannot hold an address to a port."""
+        beyond = [str(rule) for rule in Rules(allow).rules if rule.network is not None or rule.ports != PORTS]
+        return f"has network rules for names on ports 80 and 443 only, not for {beyond[0]}" if beyond else ""
 
     async def _sandbox(self, handle: Handle) -> Any:
         """The SDK's object for a handle, made without asking the API."""
@@ -166,7 +181,7 @@ class E2BBackend(Backend):
                 timeout=spec.timeout_seconds,
                 metadata={**spec.metadata, **OURS, OUR_ID: spec.sandbox_id},
                 envs=spec.env,
-                allow_internet_access=spec.network,
+                **_network(spec.network_allow),
                 idempotency_key=spec.sandbox_id,
                 **{**self._once, "request_timeout": CREATE_SECONDS},  # the next backend of the route is the retry
             )

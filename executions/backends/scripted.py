@@ -1,7 +1,7 @@
 """A backend on which nothing runs: it says and does what the code's comments and its options tell it.
 
 In the code, one directive a line:  `#> text` prints, `#!> text` prints to stderr, `#= text` is the value,
-`#! Name: value` raises, `#~ 0.5` takes that many seconds. Bad machines have names, in OPTIONS["BEHAVES"]:
+`#! Name: value` raises, `#~ 0.5` takes that many seconds, `#@ example.org:443` connects, if the rules allow it. Bad machines have names, in OPTIONS["BEHAVES"]:
 never_boots, dies_mid_run, slow_to_die, loses_kills.
 """
 
@@ -12,14 +12,16 @@ import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from executions.backends.base import Backend, Capabilities, Check, Event, Handle, Listed, SandboxSpec
+from executions.backends.base import Backend, Capabilities, Check, EgressRecord, Event, Handle, Listed, SandboxSpec
 from executions.errors import BackendError, BackendUnavailable, RunTimedOut, SandboxLost
+from executions.network import Rules, target
 from executions.states import LANGUAGES
 
 LOOK_SECONDS = 0.05
-DIRECTIVE = re.compile(r"#(>|!>|=|!|~) ?(.*)$")
+DIRECTIVE = re.compile(r"#(>|!>|=|!|~|@) ?(.*)$")
 
 
 @dataclass
@@ -32,10 +34,25 @@ class Machine:
     died: float | None = None
     runs: int = 0
     contexts: list[dict] = field(default_factory=list)
+    egress: list[EgressRecord] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
         return self.died is None and time.monotonic() < self.ends
+
+    def connect(self, authority: str) -> None:
+        """Connect as far as the rules permit; ten bytes go out and twenty come in."""
+        host, _, port = authority.partition(":")
+        rules = Rules(self.spec.network_allow)
+        permitted = rules.permit(target(host), int(port))
+        reason = "" if permitted else f"agent {self.spec.agent} may not reach {authority}; allowed are: {rules}"
+        self.egress.append(
+            EgressRecord(
+                number=len(self.egress) + 1, host=host, port=int(port), reason=reason, address="", times=1,
+                verdict="allowed" if permitted else "denied", bytes_out=10 * permitted, bytes_in=20 * permitted,
+                at=datetime.now(UTC).isoformat(),
+            )
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -48,7 +65,9 @@ _machines: dict[str, dict[str, Machine]] = {}
 class ScriptedBackend(Backend):
     """OPTIONS: BEHAVES (a name from above), CREATE_SECONDS, KILL_SECONDS."""
 
-    capabilities = Capabilities(languages=frozenset(LANGUAGES), commands=True)
+    capabilities = Capabilities(
+        languages=frozenset(LANGUAGES), commands=True, internet=True, network_rules=True, egress=True
+    )
     isolation = "simulated"
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
@@ -113,6 +132,8 @@ class ScriptedBackend(Backend):
                     name, _, value = text.partition(": ")
                     yield Event("error", {"name": name, "value": value, "traceback": f"{name}: {value}"})
                     return
+                case "@":
+                    self._machine(handle).connect(text)
                 case "~":
                     await self._take(handle, min(float(text), max(0, started + timeout_seconds - time.monotonic())))
                     if time.monotonic() >= started + timeout_seconds:
@@ -127,6 +148,10 @@ class ScriptedBackend(Backend):
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, LOOK_SECONDS))
             self._machine(handle)
+
+    async def egress(self, handle: Handle, *, after: int = 0, final: bool = False) -> list[EgressRecord]:
+        machine = self.machines.get(handle["sandbox_id"])
+        return [record for record in machine.egress if record.number > after] if machine else []
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:
         self._machine(handle).ends = time.monotonic() + seconds

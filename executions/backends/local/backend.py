@@ -19,6 +19,7 @@ from executions.backends.base import (
     Backend,
     Capabilities,
     Check,
+    EgressRecord,
     Event,
     FileInfo,
     Handle,
@@ -58,6 +59,9 @@ class LocalBackend(Backend):
         files=True,
         contexts=True,
         packages=True,
+        internet=True,
+        network_rules=True,
+        egress=True,
         templates=True,
         run_limits=True,
         metrics=True,
@@ -83,7 +87,8 @@ class LocalBackend(Backend):
         limits = {name: getattr(spec.limits, name) for name in Limits.__dataclass_fields__}
         made = await self._node(
             "create", sandbox_id=spec.sandbox_id, template=spec.template, timeout_seconds=spec.timeout_seconds, limits=limits,
-            env=spec.env, metadata=spec.metadata, network=spec.network,
+            env=spec.env, metadata=spec.metadata, network_allow=list(spec.network_allow),
+            agent=spec.agent,
         )  # fmt: skip
         return _handle(made)
 
@@ -121,6 +126,15 @@ class LocalBackend(Backend):
 
     async def have_template(self, name: str, content: dict[str, Any] | None) -> None:
         await self._node("template", name=name, **(content or {}))
+
+    async def egress(self, handle: Handle, *, after: int = 0, final: bool = False) -> list[EgressRecord]:
+        found: list[EgressRecord] = []
+        more = True
+        while more:
+            page = await self._node("egress", sandbox_id=handle["sandbox_id"], after=after, final=final)
+            found += [EgressRecord(**record) for record in page["records"]]
+            after, more = found[-1].number if found else after, page["more"]
+        return found
 
     # code
 
