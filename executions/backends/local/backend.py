@@ -401,7 +401,7 @@ async def _error(line: dict[str, Any], meter: Meter) -> Event:
         seen = await meter.why()
         if died and seen["memory_kills"]:
             return limits.killed(seen)
-        if limits.confirmed(limit, seen):
+        if limits.confirmed(limit, error["value"], seen):
             error["reason"] = limit
     return Event("error", error)
 

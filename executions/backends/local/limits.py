@@ -17,7 +17,7 @@ OF_ERRNO = {
     errno.ENOSPC: NamedLimit.DISK_FULL,
     errno.EFBIG: NamedLimit.DISK_FULL,
 }
-UNMETERED = {NamedLimit.TOO_MANY_FILES}  # the kernel counts them for each process and tells nobody
+UNMETERED = {"[Errno 24]", "[Errno 27]"}  # of one process, of one file: the kernel says it to that process alone
 
 
 def suspected(name: str, value: str) -> NamedLimit | None:
@@ -30,9 +30,9 @@ def suspected(name: str, value: str) -> NamedLimit | None:
     return OF_ERRNO.get(int(found[1])) if found else None
 
 
-def confirmed(limit: NamedLimit | None, seen: dict[str, Any]) -> bool:
-    """Whether what the node has seen agrees."""
-    return limit is not None and (limit in UNMETERED or limit in seen["reached"])
+def confirmed(limit: NamedLimit | None, value: str, seen: dict[str, Any]) -> bool:
+    """Whether what the node has seen agrees, or nobody but the process can know."""
+    return limit is not None and (limit in seen["reached"] or value[:10] in UNMETERED)
 
 
 def killed(seen: dict[str, Any]) -> Event:
