@@ -31,6 +31,7 @@ LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
 ITEMS_LIMIT = 2_000_000  # values in one result: beyond it reading the line takes many times its own memory
 EVENT_BYTES = 256  # what an event takes beside its text
 HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
+SAYS = ("count", "result", "error", "end")  # what a context may say of itself; output comes through its pipes
 PIECE = 64 * 1024
 TRUNCATED = "\n[output ends here: it passed the limit of {} bytes]\n"
 SWOLLEN = "\n[a result of more than {} values was left out]\n"
@@ -183,6 +184,8 @@ class Context:
                 kind = event["type"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # the user's code wrote to our socket
+            if kind not in SAYS:
+                continue
             if kind == "end":
                 self.idle.set()
             elif kind == "count" and not self._counted:  # what the context needs has started, the cell has not
