@@ -64,13 +64,17 @@ def pivot_root(new: str) -> None:
     os.chdir("/")
 
 
-def drop_capabilities() -> None:
-    """Empty all five sets, for good once no_new_privs is set."""
+def drop_bounding_set() -> None:
     for capability in range(64):
         try:
             prctl(PR_CAPBSET_DROP, capability)
         except OSError:
-            break  # the last one that this kernel knows
+            break  # the last one that this kernel knows, or there is no right to
+
+
+def drop_capabilities() -> None:
+    """Empty all five sets, for good once no_new_privs is set."""
+    drop_bounding_set()
     prctl(PR_CAP_AMBIENT, 4)
     header = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     _checked(_libc.capset(header, bytes(24)), "capset")

@@ -108,6 +108,7 @@ def main(argument: str) -> int:
     os.closerange(3, plan["control"])
     os.closerange(plan["control"] + 1, os.sysconf("SC_OPEN_MAX"))
     if plan["uid"] is not None:
+        linux.drop_bounding_set()  # which needs the rights that the next lines take
         os.setgroups([])
         os.setresgid(plan["uid"], plan["uid"], plan["uid"])
         os.setresuid(plan["uid"], plan["uid"], plan["uid"])

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from executions import network
 from guest import landlock, linux, seccomp
 from node.cgroups import Tree
 from node.egress import Egress
@@ -35,6 +34,8 @@ from node.sandboxes import Refusal, Sandbox
 from node.templates import Content, Template
 from node.uids import Block
 from node.zygotes import Zygote
+
+from executions import network
 
 WATCHDOG_SECONDS = 0.1
 METER_SECONDS = (0.01, 1.0)  # between two looks at a meter that must not pass a limit
