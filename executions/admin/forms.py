@@ -16,7 +16,7 @@ from unfold.widgets import (
     UnfoldAdminTextInputWidget,
 )
 
-from executions import backends, costs, packages
+from executions import backends, costs, operations, packages
 from executions.errors import Invalid
 from executions.models import Agent, ApiKey, Quota, Rate, Team, Template
 from executions.quotas import CONCURRENT
@@ -40,6 +40,20 @@ class Names(forms.CharField):
         if isinstance(value, list):
             return value
         return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", value or ""))))
+
+
+class Lines(Names):
+    """A list, typed as one entry a line."""
+
+    widget = UnfoldAdminTextareaWidget
+
+    def prepare_value(self, value: Any) -> Any:
+        return "\n".join(map(str, value)) if isinstance(value, list) else value
+
+    def to_python(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return value
+        return list(dict.fromkeys(filter(None, (line.strip() for line in (value or "").splitlines()))))
 
 
 class Choices(forms.MultipleChoiceField):
@@ -129,10 +143,25 @@ class AgentForm(forms.ModelForm):
 class TemplateForm(forms.ModelForm):
     languages = Choices(LANGUAGES, help_text="What is ready in it.")
     env = Variables(help_text="One NAME=value a line, for every sandbox. Never secrets: they are stored as they are.")
+    packages = Lines(help_text="One requirement a line, such as emoji>=2, beside the shipped ones; wheels only.")
+    files = forms.JSONField(
+        required=False,
+        initial=dict,
+        widget=UnfoldAdminTextareaWidget,
+        help_text='What every fresh sandbox finds: {"path": "text"}; relative paths begin at /home/user.',
+    )
 
     class Meta:
         model = Template
         fields = "__all__"  # noqa: DJ007
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or self.cleaned_data
+        data["files"] = data.get("files") or {}
+        named = Template(**{name: data[name] for name in ("packages", "files") if name in data})
+        for field, why in operations.mistakes(named).items():
+            self.add_error(field, why)
+        return data
 
 
 class TeamForm(forms.ModelForm):

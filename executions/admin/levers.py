@@ -22,7 +22,7 @@ from unfold.decorators import action
 from executions import keys, operations
 from executions.admin import show
 from executions.admin.base import Page, write_down
-from executions.models import Agent, ApiKey, Execution, Sandbox, User
+from executions.models import Agent, ApiKey, Execution, Sandbox, Template, User
 from executions.states import EndReason
 
 log = logging.getLogger(__name__)
@@ -195,6 +195,14 @@ def _sign_in(request: HttpRequest, people: list[User], reason: str) -> str | Htt
     )
 
 
+def _rebuild(request: HttpRequest, templates: list[Template], reason: str) -> str:
+    for template in templates:
+        with transaction.atomic():
+            operations.rebuild(template)
+            write_down(request, "template_rebuilt", template, before={"build": template.build}, reason=reason)
+    return f"{plural(len(templates), 'template')} will be built anew within seconds; this page says how it goes."
+
+
 def shown_once(request: HttpRequest, **context: Any) -> HttpResponse:
     """A page with a secret: rendered from memory, kept by no cookie and no session; the admin's pages are never cached."""
     return TemplateResponse(request, "admin/shown_once.html", {**admin.site.each_context(request), **context})
@@ -244,6 +252,17 @@ REVOKE = Lever(
         f"Programs that send {plural(len(rows), 'key')} will be refused at once. A key cannot be un-revoked."
     ),
     act=_revoke,
+)
+REBUILD = Lever(
+    "rebuild",
+    "Rebuild",
+    "construction",
+    applies=lambda rows: rows.filter(is_active=True),
+    consequence=lambda rows: (
+        f"{plural(len(rows), 'template')} will be built anew on every machine: the newest packages that fit, and a fresh "
+        "zygote. Until that is ready the present one serves; sandboxes that live are left alone."
+    ),
+    act=_rebuild,
 )
 SIGN_IN = Lever(
     "sign_in_link",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from asgiref.sync import async_to_sync
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.db.models.functions import Substr
@@ -12,6 +13,7 @@ from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, BooleanRadioFilter, ChoicesDropdownFilter
 from unfold.decorators import display
 
+from executions import operations
 from executions.admin import filters, levers, show
 from executions.admin.base import ConfigurationPage, RecordInline, RecordPage
 from executions.admin.forms import TemplateForm
@@ -157,11 +159,29 @@ class TemplatePage(ConfigurationPage):
     search_fields = ["name"]
     list_filter = [("is_active", BooleanRadioFilter)]
     ordering = ["name"]
+    readonly_fields = ["now"]
+    actions = ["rebuild"]
+    actions_detail = ["rebuild"]
+    rebuild = levers.pulls(levers.REBUILD)
     fieldsets = [
-        (None, {"fields": ["name", "description", "is_active"]}),
-        ("What is in it", {"fields": ["languages", "env", "e2b_template"]}),
+        (None, {"fields": ["name", "description", "is_active", "now"]}),
+        ("What is in it", {"fields": ["languages", "packages", "files", "start_command", "env"]}),
+        ("Where it is made", {"fields": ["warm", "e2b_template"]}),
         ("Size", {"fields": [("cpu_count", "memory_mib", "disk_mib")]}),
     ]
+
+    @display(description="now, at each backend")
+    def now(self, row: Template) -> Any:
+        """Asked when the page is shown; why something is broken stands below in full."""
+        if row.pk is None:
+            return "not saved yet"
+        if not row.is_active:
+            return "switched off: it is made nowhere"
+        told = async_to_sync(operations.template_states)([row])[0]["backends"]
+        lines = [f"{alias}: {state['state']}" for alias, state in told.items()]
+        return show.block(
+            "\n".join(f"{line}  {state['detail']}".rstrip() for line, state in zip(lines, told.values(), strict=True))
+        )
 
     @display(description="languages")
     def speaks(self, row: Template) -> SafeString:

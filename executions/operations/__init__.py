@@ -18,7 +18,7 @@ from executions.operations.sessions import (
 )
 from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
-from executions.operations.templates import rebuild, template_states
+from executions.operations.templates import mistakes, rebuild, template_states
 from executions.operations.wait import cancel, execute, find_execution, wait
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "install",
     "limits",
     "list_files",
+    "mistakes",
     "offer",
     "open_session",
     "put_file",

@@ -210,11 +210,23 @@ def test_a_changed_password_is_written_down_without_it(office, ada):
 def test_a_template_is_typed_as_lines_and_ticks(office, template):
     sizes = {"cpu_count": "2", "memory_mib": "1024", "disk_mib": "512"}
     typed = {"name": "data", "languages": ["python", "bash"], "env": "A=1\nB=x=y\n", "is_active": "on", **sizes}
+    typed |= {"packages": "emoji>=2\n\n attrs\n", "files": '{"a.txt": "A"}', "start_command": "make all"}
 
     assert save(office, template, typed).status_code == 302
 
     template = Template.objects.get(pk=template.pk)
     assert (template.languages, template.env) == (["python", "bash"], {"A": "1", "B": "x=y"})
+    assert (template.packages, template.files) == (["emoji>=2", "attrs"], {"a.txt": "A"})
+    assert (template.start_command, template.warm) == ("make all", False)
+
+
+@pytest.mark.parametrize(("field", "typed"), [("packages", "git+https://example.org/x"), ("files", '{"../x": ""}')])
+def test_what_a_template_cannot_hold_is_said_at_its_field(office, template, field, typed):
+    sizes = {"cpu_count": "2", "memory_mib": "1024", "disk_mib": "512"}
+
+    answer = save(office, template, {"name": "data", "is_active": "on", **sizes, field: typed})
+
+    assert list(answer.context["adminform"].form.errors) == [field]
 
 
 def test_a_rate_is_typed_in_dollars(office):

@@ -141,3 +141,19 @@ def test_only_a_superuser_makes_sign_in_links(client, ada, bob):
 
     assert client.get(page).status_code == 200
     assert client.post(f"{page.removesuffix('change/')}sign_in_link/", {"reason": "me"}).status_code == 403
+
+
+def test_rebuilding_a_template_makes_it_another_build_and_is_written_down(office, operator, template):
+    said = select(office, "template", "rebuild", template, reason="a newer numpy").content.decode()
+
+    assert "1 template will be built anew" in said
+    template.refresh_from_db()
+    assert template.build == 1
+    event = audited("template_rebuilt")
+    assert (event.actor, event.reason, event.before) == (operator, "a newer numpy", {"build": 0})
+
+
+def test_the_page_of_a_template_says_how_it_is_at_each_backend(office, template):
+    page = reverse("admin:executions_template_change", args=[template.pk])
+
+    assert "scripted: ready" in office.get(page).content.decode()
