@@ -35,9 +35,12 @@ class Egress:
     async def open(self, identifier: str, allow: list[str], agent: str, listener: socket.socket) -> None:
         """Serve what connects to this listener by these rules."""
         async with self._turn:
-            if self._control is None:
+            request = {"op": "open", "id": identifier, "allow": allow, "agent": agent}
+            try:
+                answer = await self._ask(request, listener)
+            except OSError:  # not started yet, or it has died
                 await self._start()
-            answer = await self._ask({"op": "open", "id": identifier, "allow": allow, "agent": agent}, listener)
+                answer = await self._ask(request, listener)
         if "error" in answer:
             raise OSError(f"the egress proxy: {answer['error']}")
 
@@ -64,11 +67,12 @@ class Egress:
     async def _tell(self, request: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             with contextlib.suppress(OSError):
-                return await self._ask(request) if self._control is not None else {}
+                return await self._ask(request)
         return {}
 
     async def _ask(self, request: dict[str, Any], listener: socket.socket | None = None) -> dict[str, Any]:
-        assert self._control is not None
+        if self._control is None:
+            raise OSError("the egress proxy does not run")
         try:
             descriptors = [listener.fileno()] if listener is not None else []
             socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
