@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,13 @@ from django.utils import timezone
 
 from executions.backends.base import Event as Said
 from executions.models import Event, hot
-from executions.states import EventKind
+from executions.states import EventKind, NamedLimit
 
 log = logging.getLogger(__name__)
+OUTPUT_BYTES = 16 << 20
+RESULTS = 1000
+RESULT_BYTES = 10_000_000  # of one result, all its representations together
+RESULTS_BYTES = 64 << 20  # of all results of a run
 CHUNK_CHARS = 64 * 1024  # text of one kind within a batch is joined up to this much
 
 
@@ -49,6 +54,12 @@ def storable(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> int:
+    """Bytes of one representation, as JSON where it is no text."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
 class Doorbell:
     """Listens for rings while it is open: listen first, read second, and a ring in between costs a second look."""
 
@@ -76,10 +87,11 @@ class Doorbell:
 
 @dataclass
 class Journal:
-    """Collects what a run says between two batches; numbers it; cuts it at the output limit."""
+    """Collects what a run says between two batches; numbers it; cuts it at the limits and says what was cut."""
 
     execution_id: str
-    output_limit_bytes: int
+    output_limit_bytes: int = OUTPUT_BYTES  # of stdout and stderr
+    results_limit: int = RESULTS
     seq: int = 0
     output_bytes: int = 0
     error: dict | None = None
@@ -87,7 +99,9 @@ class Journal:
     cpu_us: int | None = None
     peak_memory_bytes: int | None = None
     exit_code: int | None = None
-    truncated: bool = False
+    text_bytes: int = 0
+    results: int = 0
+    cut: set[str] = field(default_factory=set)  # the limits that were said to be reached
     waiting: list[Event] = field(default_factory=list)
 
     def hear(self, said: Said) -> None:
@@ -102,32 +116,54 @@ class Journal:
             case EventKind.STDOUT | EventKind.STDERR:
                 self._hear_text(said.kind, said.data["text"])
             case EventKind.RESULT:
-                size = sum(len(v) if isinstance(v, str) else 256 for v in said.data["mime"].values())
-                if self._room_for(size):
-                    self._add(EventKind.RESULT, storable(said.data))
+                self._hear_result(said.data)
             case EventKind.ERROR:
                 self.error = {k: storable(str(v)[:100_000]) for k, v in said.data.items()}
                 self._add(EventKind.ERROR, self.error)
 
     def _hear_text(self, kind: str, text: str) -> None:
         text = storable(text)
-        if not self._room_for(len(text.encode())):
+        size = len(text) if text.isascii() else len(text.encode())
+        if self.text_bytes + size > self.output_limit_bytes:
+            self._cut(NamedLimit.OUTPUT_TRUNCATED, limit_bytes=self.output_limit_bytes)
             return
+        if NamedLimit.OUTPUT_TRUNCATED in self.cut:
+            return
+        self.text_bytes += size
+        self.output_bytes += size
         last = self.waiting[-1] if self.waiting else None
         if last is not None and last.kind == kind and len(last.data["text"]) + len(text) <= CHUNK_CHARS:
             last.data["text"] += text
         else:
             self._add(kind, {"text": text})
 
-    def _room_for(self, size: int) -> bool:
-        if self.truncated:
-            return False
-        if self.output_bytes + size > self.output_limit_bytes:
-            self.truncated = True
-            self._add(EventKind.TRUNCATED, {"limit_bytes": self.output_limit_bytes})
-            return False
-        self.output_bytes += size
-        return True
+    def _hear_result(self, data: dict[str, Any]) -> None:
+        """Keep it, or of one that is too large the smaller of its representations; beyond the limits nothing."""
+        self.results += 1
+        if self.results > self.results_limit:
+            self._cut(NamedLimit.RESULTS_TRUNCATED, limit=self.results_limit)
+            return
+        left = min(RESULT_BYTES, RESULTS_BYTES - (self.output_bytes - self.text_bytes))
+        sizes = {mime: _size(value) for mime, value in data["mime"].items()}
+        kept = {}
+        for mime in sorted(sizes, key=sizes.__getitem__):
+            if sizes[mime] <= left:
+                left -= sizes[mime]
+                kept[mime] = data["mime"][mime]
+        if left_out := [mime for mime in sizes if mime not in kept]:
+            said = {mime: sizes[mime] for mime in left_out}
+            self._cut(NamedLimit.RESULTS_TRUNCATED, result=self.results, left_out=said, limit_bytes=RESULT_BYTES)
+        if kept:
+            self.output_bytes += sum(sizes[mime] for mime in kept)
+            self._add(
+                EventKind.RESULT, storable({**data, "mime": {m: v for m, v in data["mime"].items() if m in kept}})
+            )
+
+    def _cut(self, reached: NamedLimit, **facts: Any) -> None:
+        """Say once what was cut, and of each result that was."""
+        if reached not in self.cut or "left_out" in facts:
+            self.cut.add(reached)
+            self._add(EventKind.TRUNCATED, {"reason": reached.value, **storable(facts)})
 
     def _add(self, kind: str, data: dict) -> None:
         self.seq += 1

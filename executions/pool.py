@@ -22,7 +22,8 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     now = timezone.now()
     margin = 0 if fields.get("kept") else MARGIN_SECONDS  # a session ends when it was said to end
     seconds += margin
-    rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=template.memory_mib, at=now)
+    memory_mib = fields.pop("memory_mib", template.memory_mib)
+    rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=memory_mib, at=now)
     fits = f"One second costs {costs.usd(rate)}" + (f"; {margin} s are added for boot and settling." if margin else ".")
     budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
     sandbox = Sandbox.born(
@@ -35,7 +36,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         backend=alias,
         isolation=backends.get(alias).isolation,
         cpu_count=template.cpu_count,
-        memory_mib=template.memory_mib,
+        memory_mib=memory_mib,
         rate_nano_usd_per_second=rate,
         reserved_nano_usd=rate * seconds,
         reserved_on=budgets,

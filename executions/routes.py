@@ -29,6 +29,7 @@ def plan(
     language: str,
     commands: bool = False,
     template: Template | None = None,
+    run_limits: bool = False,
 ) -> Route:
     """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
     agent = caller.agent
@@ -45,7 +46,7 @@ def plan(
     wanted = [bound] if bound else asked or agent.route or _default()
     route = Route([])
     for alias in wanted:
-        why = _unfit(alias, language, commands, agent.isolation_floor, template)
+        why = _unfit(alias, language, commands, agent.isolation_floor, template, run_limits)
         if why:
             route.skipped.append((alias, why))
         else:
@@ -61,7 +62,7 @@ def _default() -> list[str]:
     return [alias for alias in backends.aliases() if backends.get(alias).isolation != "simulated"]
 
 
-def _unfit(alias: str, language: str, commands: bool, floor: str, template: Template | None) -> str:
+def _unfit(alias: str, language: str, commands: bool, floor: str, template: Template | None, run_limits: bool) -> str:
     if alias not in settings.SANDBOXES:
         return "is not configured"
     backend = backends.get(alias)
@@ -69,6 +70,8 @@ def _unfit(alias: str, language: str, commands: bool, floor: str, template: Temp
         return f"has no {language}"
     if commands and not backend.capabilities.commands:
         return "runs no commands"
+    if run_limits and not backend.capabilities.run_limits:
+        return "cannot limit the memory or the CPU time of one run"
     if template is not None and (why := lacking(template, backend)):
         return why
     if backend.refusal:

@@ -11,8 +11,9 @@ from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from executions.errors import Invalid, TooLarge
+from executions.journal import OUTPUT_BYTES, RESULTS
 from executions.models import Artifact, Event, Execution, Package, Sandbox, Template
-from executions.states import EventKind, ExecutionState
+from executions.states import EventKind, ExecutionState, NamedLimit
 
 NameValue = dict[
     Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
@@ -24,6 +25,15 @@ class Accepted(BaseModel):
     """What a caller may send; a field that is not known is refused by name."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=False)
+
+
+class RunLimits(Accepted):
+    """Ceilings of one run below the usual ones; what is left out stays as usual."""
+
+    memory_mib: int | None = Field(None, ge=64, description="Of its fresh sandbox; not above the template's.")
+    cpu_seconds: int | None = Field(None, ge=1, le=86_400, description="CPU time of all its processes together.")
+    output_bytes: int | None = Field(None, ge=0, le=OUTPUT_BYTES, description="Of stdout and stderr that is kept.")
+    results: int | None = Field(None, ge=0, le=RESULTS, description="How many results are kept.")
 
 
 class Submission(Accepted):
@@ -51,6 +61,9 @@ class Submission(Accepted):
     files: dict[str, str] = Field({}, description="Files to write first: path to base64.", max_length=64)
     env: NameValue = Field({}, description="Environment variables of this run only.")
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time; left out: the agent's default.")
+    limits: RunLimits = Field(
+        RunLimits(), description="Reaching one is said by its name in error_code or limits_reached."
+    )
     cancel_on_disconnect: bool = Field(False, description="Stop the run when the waiting caller goes away.")
     user: str = Field("", description="Your own end user, for records and costs.", max_length=200)
     workflow: Short = ""
@@ -188,6 +201,8 @@ class ExecutionShape(BaseModel):
     error: CodeError | None = None
     exit_code: int | None = Field(None, description="Of a script that has ended by itself.")
     truncated: bool = False
+    limits: dict[str, int] = Field({}, description="What was asked for below the usual.")
+    limits_reached: list[str] = Field([], description="Named limits: of error_code, and of what was cut.")
     execution_count: int | None = None
     attempts: list[AttemptShape] = []
     backend: str = ""
@@ -329,6 +344,9 @@ def execution_shape(
                 shape.error = CodeError(**event.data)
             case EventKind.TRUNCATED:
                 shape.truncated = True
+                reached = event.data.get("reason", NamedLimit.OUTPUT_TRUNCATED)
+                if reached not in shape.limits_reached:
+                    shape.limits_reached.append(reached)
         shape.last_seq = event.seq
     shape.logs = Logs(stdout="".join(stdout), stderr="".join(stderr))
     shape.attempts = [
@@ -349,6 +367,8 @@ def execution_head(execution: Execution) -> ExecutionShape:
         results=[],
         mains=[],
         exit_code=_exit_code(execution),
+        limits=execution.limits,
+        limits_reached=[execution.error_code] if execution.error_code in NamedLimit else [],
         execution_count=execution.execution_count,
         backend=execution.backend,
         isolation=sandbox.isolation if sandbox else "",

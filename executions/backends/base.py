@@ -210,6 +210,7 @@ class Backend:
         cwd: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,
     ) -> AsyncIterator[Event]:
         """Run `/bin/bash -l -c command`; stdout and stderr events, then `usage` where known and `exit`."""
         raise Unsupported

@@ -39,6 +39,9 @@ class Execution(HasLifecycle):
     env = models.JSONField(default=dict, blank=True)
     files = models.JSONField(default=dict, blank=True, help_text="Written before the code runs: path to base64.")
     timeout_seconds = models.PositiveIntegerField(default=60)
+    limits = models.JSONField(
+        default=dict, blank=True, help_text="Asked for below the usual: memory_mib, cpu_seconds, output_bytes, results."
+    )
     route = models.JSONField(default=list, help_text="The backends that may run it, in order.")
     cancel_on_disconnect = models.BooleanField(default=False)
     user = models.CharField(max_length=200, blank=True, help_text="The caller's own end user.")

@@ -14,10 +14,12 @@ from django.db import transaction
 from django.utils import timezone
 
 from executions import backends, journal, ledger
+from executions.backends.base import Event as Said
 from executions.backends.base import Handle, Limits, SandboxSpec
 from executions.errors import (
     BackendError,
     BackendUnavailable,
+    ContextRestarted,
     NoBackend,
     Refused,
     RunTimedOut,
@@ -68,7 +70,12 @@ class Run:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        self.journal = journal.Journal(execution.pk, output_limit_bytes=Limits().output_bytes)
+        self.journal = journal.Journal(
+            execution.pk,
+            output_limit_bytes=execution.limits.get("output_bytes", journal.OUTPUT_BYTES),
+            results_limit=execution.limits.get("results", journal.RESULTS),
+        )
+        self.sandbox_lost = False
         self.events: list[Event] = []  # all that was written, for a caller that waited here
         self.task: asyncio.Task | None = None
         self.work: asyncio.Future | None = None  # what a stop interrupts; never a transaction
@@ -198,16 +205,24 @@ class Run:
         for path, content in execution.files.items():
             await backend.write_file(handle, path, base64.b64decode(content))
         options: dict[str, Any] = {"env": execution.env or None, "timeout_seconds": execution.timeout_seconds}
+        if cpu_seconds := execution.limits.get("cpu_seconds"):
+            options["cpu_seconds"] = cpu_seconds
         if execution.command:
             said = backend.run_command(handle, execution.code, **options)
         else:
             options |= {"language": execution.language, "context_id": execution.context or None}
             said = backend.run_code(handle, execution.code, **options)
-        async with aclosing(said) as events:  # type: ignore[type-var]
-            async for event in events:
-                self.journal.hear(event)
-                if self.on_said is not None:
-                    await self.on_said(event)
+        try:
+            async with aclosing(said) as events:  # type: ignore[type-var]
+                async for event in events:
+                    self.journal.hear(event)
+                    if self.on_said is not None:
+                        await self.on_said(event)
+        except ContextRestarted as e:  # what stopping it has cost
+            self.journal.hear(Said("error", {"name": "ContextRestarting", "value": e.detail, "traceback": ""}))
+            if self.stopped_by is None:
+                raise
+            raise asyncio.CancelledError from e
 
     async def _pulse(self, ended: asyncio.Event) -> None:
         """While the code runs: write what it said every 100 ms, show a sign of life, look for a cancel."""
@@ -252,7 +267,11 @@ class Run:
         if exit_code:
             return E.FAILED, {"error_name": "ExitCode", "error_value": str(exit_code)}, AttemptOutcome.RAN
         if error:
-            facts = {"error_name": str(error["name"])[:200], "error_value": str(error["value"])[:10_000]}
+            facts = {
+                "error_code": error.get("reason", ""),
+                "error_name": str(error["name"])[:200],
+                "error_value": str(error["value"])[:10_000],
+            }
             return E.FAILED, facts, AttemptOutcome.RAN
         return E.SUCCEEDED, {}, AttemptOutcome.RAN
 
@@ -262,6 +281,7 @@ class Run:
         return E.CANCELLED, {"error_code": "cancelled", "error_value": self.execution.cancel_reason}, AttemptOutcome.RAN
 
     def _broken(self, e: BaseException) -> tuple[str, dict[str, Any], str]:
+        self.sandbox_lost = isinstance(e, SandboxLost)
         match e:
             case RunTimedOut():
                 said = f"Stopped after {self.execution.timeout_seconds} s."
@@ -285,7 +305,7 @@ class Run:
     async def _end(self, state: str, columns: dict[str, Any], outcome: str) -> None:
         sandbox = self.execution.sandbox
         assert sandbox is not None
-        lost = columns.get("error_code") == "sandbox_lost"
+        lost = self.sandbox_lost
         ends = not sandbox.kept or lost
         ended_at = timezone.now()
         killing = asyncio.create_task(kill(sandbox)) if ends and not sandbox.ended_at else None

@@ -55,21 +55,33 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     if timeout > most:
         raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
     is_command = request.script_path is not None
+    limits = request.limits.model_dump(exclude_none=True)
+    run_limits = bool(limits.keys() & {"memory_mib", "cpu_seconds"})  # the others are kept by the journal
     if request.session_id:
+        if "memory_mib" in limits:
+            raise Invalid("limits.memory_mib: a session has its memory already.", field="limits.memory_mib")
         quotas.take(caller, executions=1)
         sandbox = claim_session(caller, request.session_id)
-        route = routes.plan(caller, asked=[sandbox.backend], language=request.language, commands=is_command)
+        route = routes.plan(
+            caller, asked=[sandbox.backend], language=request.language, commands=is_command, run_limits=run_limits
+        )
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
         timeout = max(1, min(timeout, left))
         path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
     else:
         template = find_template(agent, request.template)
         route = routes.plan(
-            caller, asked=request.route, language=request.language, commands=is_command, template=template
-        )
+            caller, asked=request.route, language=request.language, commands=is_command, template=template,
+            run_limits=run_limits,
+        )  # fmt: skip
+        memory_mib = limits.get("memory_mib", template.memory_mib)
+        if memory_mib > template.memory_mib:
+            most = f"at most {template.memory_mib}, which template {template.name} has"
+            raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
         sandbox = pool.intend(
-            caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env
-        )
+            caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env,
+            memory_mib=memory_mib,
+        )  # fmt: skip
         path = (E.QUEUED, E.STARTING)
     now = timezone.now()
     code = _command_line(request) if is_command else request.code or ""
@@ -88,6 +100,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         env=request.env,
         files=request.files,
         timeout_seconds=timeout,
+        limits=limits,
         route=route.aliases,
         backend=sandbox.backend,
         cancel_on_disconnect=request.cancel_on_disconnect,
@@ -125,8 +138,9 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
         old = execution.sandbox
         assert old is not None
         sandbox = pool.intend(
-            caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env
-        )
+            caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
+            memory_mib=old.memory_mib,
+        )  # fmt: skip
         Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
         attempt = Attempt.objects.create(
             execution=execution,

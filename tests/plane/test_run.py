@@ -1,11 +1,13 @@
 """An execution from admission to the bill, on simulated machines with and without manners."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from executions import operations
+from executions import journal, operations
 from executions.backends import scripted
+from executions.backends.base import Event as Said
 from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NoBackend, SessionGone
 from executions.hop import rows
 from executions.models import Event, Execution, IdempotencyRecord, Sandbox, Usage
@@ -169,24 +171,50 @@ async def test_wait_seconds_answers_with_what_there_is(caller):
     assert (await operations.wait(await Execution.objects.aget(pk=shape.id), 5)).state == "cancelled"
 
 
-async def test_output_beyond_the_limit_is_cut_and_said(caller, monkeypatch):
-    from executions import journal
-
-    monkeypatch.setattr(journal.Journal, "_room_for", limited(journal.Journal._room_for, 1000))
-
-    shape = await run(caller, "\n".join(f"#> {'x' * 99}" for _ in range(50)))
+async def test_output_beyond_the_limit_is_cut_and_said(caller):
+    shape = await run(caller, "\n".join(f"#> {'x' * 99}" for _ in range(50)), limits={"output_bytes": 1000})
 
     assert shape.state == "succeeded"
     assert shape.truncated
+    assert shape.limits_reached == ["output_truncated"]
     assert len(shape.logs.stdout) == 1000
 
 
-def limited(original, limit):
-    def room_for(self, size):
-        self.output_limit_bytes = limit
-        return original(self, size)
+async def test_results_beyond_the_limit_are_cut_and_said(caller):
+    shape = await run(caller, "#= 1\n#= 2\n#= 3\n#= 4", limits={"results": 2})
 
-    return room_for
+    assert shape.results == [{"text/plain": "1"}, {"text/plain": "2"}]
+    assert shape.limits_reached == ["results_truncated"]
+
+
+def test_a_large_result_loses_its_largest_representations():
+    heard = journal.Journal("exe_x")
+    heard.hear(Said("result", {"main": True, "mime": {"text/html": "x" * 11_000_000, "text/plain": "small"}}))
+    heard.hear(Said("result", {"main": False, "mime": {"e2b/data": {"a": ["y" * 1000] * 11_000}}}))
+    html, kept, data = heard.take()
+
+    assert [event.kind for event in (html, kept, data)] == ["truncated", "result", "truncated"]
+    assert kept.data["mime"] == {"text/plain": "small"}
+    assert html.data["left_out"] == {"text/html": 11_000_000}
+    assert list(data.data["left_out"]) == ["e2b/data"]
+
+
+async def test_a_limit_that_no_backend_can_keep_is_refused_by_name(caller):
+    with pytest.raises(NoBackend, match="memory or the CPU time"):
+        await run(caller, "#= 1", limits={"cpu_seconds": 1})
+
+
+async def test_memory_above_the_templates_is_refused(caller, monkeypatch):
+    monkeypatch.setattr(
+        scripted.ScriptedBackend, "capabilities", replace(scripted.ScriptedBackend.capabilities, run_limits=True)
+    )
+
+    with pytest.raises(Invalid, match="at most"):
+        await run(caller, "#= 1", limits={"memory_mib": 1_000_000})
+    shape = await run(caller, "#= 1", limits={"memory_mib": 128})
+
+    assert shape.limits == {"memory_mib": 128}
+    assert (await Sandbox.objects.aget(pk=shape.sandbox_id)).memory_mib == 128
 
 
 async def test_a_repeated_request_is_answered_not_run_again(caller):

@@ -222,6 +222,7 @@ class LocalBackend(Backend):
         cwd: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,
     ) -> AsyncIterator[Event]:
         meter = Meter(self.run_dir, handle["sandbox_id"])
         process = {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": env or {}, "cwd": cwd}
@@ -237,6 +238,8 @@ class LocalBackend(Backend):
         deadline = Deadline(timeout_seconds + STOP_SECONDS)  # the agent stops it; this is for one that does not
         try:
             await meter.begin()
+            if cpu_seconds:
+                meter.limit_cpu(cpu_seconds, deadline.now)
             async with http.request(
                 handle["dir"], ENVD, "POST", "/process.Process/Start", headers=headers, body=body
             ) as answer:
@@ -254,8 +257,14 @@ class LocalBackend(Backend):
             if usage := await _used(meter):
                 yield usage
         except TimeoutError:
-            await self.kill(handle)
-            raise RunTimedOut() from None
+            if not meter.exceeded:
+                await self.kill(handle)
+                raise RunTimedOut() from None
+            await self._stop_command(handle, pid)
+            pid = 0
+            if usage := await _used(meter):
+                yield usage
+            raise CpuExceeded(f"The command used more than {cpu_seconds:g} s of CPU time and was stopped.") from None
         except SandboxLost:
             pid = 0
             await self._explain(handle)
