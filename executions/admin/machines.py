@@ -18,7 +18,7 @@ from executions.admin import filters, levers, show
 from executions.admin.base import ConfigurationPage, RecordInline, RecordPage
 from executions.admin.forms import TemplateForm
 from executions.admin.runs import HEAVY, is_list
-from executions.models import Execution, Sandbox, Template
+from executions.models import Attestation, Execution, Sandbox, Template
 
 
 class RunsInside(RecordInline):
@@ -206,3 +206,44 @@ class TemplatePage(ConfigurationPage):
     @display(description="offered", ordering="is_active")
     def badge(self, row: Template) -> SafeString:
         return show.badge("on" if row.is_active else "off")
+
+
+@admin.register(Attestation)
+class AttestationPage(RecordPage):
+    """Scorecards of the hostile suite; `manage.py attest` makes them."""
+
+    list_display = ["backend", "badge", "isolation", "blocked", "open", "skipped", "age"]
+    list_filter = [filters.SinceAt, filters.ByBackend]
+    ordering = ["-at"]
+    fields = readonly_fields = ["backend", "badge", "isolation", "age", "took", "standing", "scorecard"]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet:
+        found = super().get_queryset(request)
+        return found.defer("cases", "walls") if is_list(request) else found
+
+    @display(description="verdict", ordering="open")
+    def badge(self, row: Attestation) -> SafeString:
+        return show.badge("holes" if row.open else "whole", str(row))
+
+    @display(description="at", ordering="at")
+    def age(self, row: Attestation) -> Any:
+        return show.when(row.at)
+
+    @display(description="took")
+    def took(self, row: Attestation) -> SafeString:
+        return show.number(show.seconds(row.took_seconds))
+
+    @display(description="walls")
+    def standing(self, row: Attestation) -> SafeString:
+        return show.table(
+            ("wall", "state"), [(wall, "stands" if said is True else said) for wall, said in row.walls.items()]
+        )
+
+    @display(description="cases")
+    def scorecard(self, row: Attestation) -> SafeString:
+        cases = sorted(row.cases, key=lambda case: ("open", "skipped", "blocked").index(case["verdict"]))
+        told = [
+            (show.badge(c["verdict"]), c["group"], c["case"], c["wall"], c["seen"], show.seconds(c["seconds"]))
+            for c in cases
+        ]
+        return show.table(("verdict", "group", "case", "wall", "seen", "took"), told)

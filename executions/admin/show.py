@@ -53,6 +53,9 @@ LOOKS = {
     "allowed": "succeeded",
     "denied": "failed",
     "pending": "queued",
+    "blocked": "succeeded",
+    "whole": "succeeded",
+    "holes": "failed",
 }
 
 
@@ -210,3 +213,11 @@ def pretty(value: Any) -> str:
 def block(text: str) -> SafeString:
     """Text as it is, escaped; at most 200,000 characters."""
     return format_html('<pre class="sg-pre" tabindex="0">{}</pre>', text[:200_000])
+
+
+def table(heads: Iterable[str], lines: Iterable[Iterable[Any]]) -> SafeString:
+    """A small table on a row's own page; its cells are escaped."""
+    head = format_html_join("", '<th scope="col">{}</th>', ((word,) for word in heads))
+    cells = (format_html_join("", "<td>{}</td>", ((cell,) for cell in line)) for line in lines)
+    body = format_html_join("", "<tr>{}</tr>", ((line,) for line in cells))
+    return format_html('<table class="sg-table"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>', head, body)

@@ -3,7 +3,7 @@
 from executions.models.base import HasLifecycle, IllegalTransition, new_id
 from executions.models.executions import Artifact, Attempt, Event, Execution
 from executions.models.money import LedgerEntry, Quota, Rate, Usage
-from executions.models.records import AuditEvent, IdempotencyRecord, Package, Refusal, Transition
+from executions.models.records import Attestation, AuditEvent, IdempotencyRecord, Package, Refusal, Transition
 from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
 
@@ -12,6 +12,7 @@ __all__ = [
     "ApiKey",
     "Artifact",
     "Attempt",
+    "Attestation",
     "AuditEvent",
     "Event",
     "Execution",

@@ -1,4 +1,4 @@
-"""What was written down: transitions, refusals, idempotency, audit, packages."""
+"""What was written down: transitions, refusals, idempotency, audit, packages, attestations."""
 
 from __future__ import annotations
 
@@ -111,3 +111,23 @@ class Package(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}".strip()
+
+
+class Attestation(models.Model):
+    """What became of every attack of the hostile suite on one backend, on one day."""
+
+    backend = models.CharField(max_length=40)
+    isolation = models.CharField(max_length=12, blank=True)
+    walls = models.JSONField(default=dict, help_text="Each wall: true, or the sentence that says what is missing.")
+    cases = models.JSONField(default=list, help_text="Each attack: group, case, wall, verdict, seen, seconds.")
+    blocked = models.PositiveIntegerField(default=0)
+    open = models.PositiveIntegerField(default=0)
+    skipped = models.PositiveIntegerField(default=0)
+    took_seconds = models.FloatField(default=0)
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        indexes = [models.Index(fields=["backend", "-at"], name="attestation_last")]
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.blocked} blocked, {self.open} open, {self.skipped} skipped"

@@ -1,5 +1,6 @@
 """The verbs: each tells its story top to bottom and owns its transactions."""
 
+from executions.operations.attest import attest, last_attestations
 from executions.operations.background import background
 from executions.operations.cancel import request_cancel
 from executions.operations.environment import backend_states, environment, limits, offer
@@ -24,6 +25,7 @@ from executions.operations.wait import cancel, execute, find_execution, wait
 __all__ = [
     "FirstStart",
     "Run",
+    "attest",
     "backend_states",
     "background",
     "cancel",
@@ -37,6 +39,7 @@ __all__ = [
     "first_start",
     "get_file",
     "install",
+    "last_attestations",
     "limits",
     "list_files",
     "mistakes",

@@ -14,6 +14,7 @@ from executions.errors import Invalid, NoBackend
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Sandbox, Template
+from executions.operations.attest import last_attestations
 from executions.routes import plan
 from executions.serializers import LimitShape, dollars, session_shape
 from executions.states import LANGUAGES, Scope, Unit
@@ -88,7 +89,7 @@ def environment(*, caller: Caller) -> dict[str, Any]:
 
 async def backend_states() -> list[dict[str, Any]]:
     """Each backend of the installation: whether it is up, its isolation, its walls, what it can do. All are asked at once."""
-    live = await rows(_live_by_backend)
+    live, attested = await rows(lambda: (_live_by_backend(), last_attestations()))
     found = await asyncio.gather(*(check(alias) for alias in backends.aliases()))
     return [
         {
@@ -99,6 +100,7 @@ async def backend_states() -> list[dict[str, Any]]:
             "walls": told.walls,
             "languages": sorted(backends.get(alias).capabilities.languages),
             "live_sandboxes": live.get(alias, 0),
+            "attested": attested.get(alias),
         }
         for alias, told in zip(backends.aliases(), found, strict=True)
     ]

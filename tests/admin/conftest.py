@@ -15,6 +15,7 @@ from executions.models import (
     Agent,
     Artifact,
     Attempt,
+    Attestation,
     AuditEvent,
     Event,
     Execution,
@@ -36,7 +37,7 @@ from executions.models import (
 from executions.states import Scope, Unit, Window
 
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "auditevent", "event", "execution", "idempotencyrecord", "ledgerentry",
+    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "event", "execution", "idempotencyrecord", "ledgerentry",
     "membership", "package", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template", "transition",
     "usage", "user",
 ]  # fmt: skip
@@ -126,6 +127,21 @@ def one_of_everything(template: Template) -> dict:
             execution=execution, name="a.csv", mime="text/csv", size_bytes=1, sha256="", content=b"x"
         ),
         "attempt": Attempt.objects.create(execution=execution, number=1, backend="scripted", sandbox=sandbox),
+        "attestation": Attestation.objects.create(
+            backend="scripted",
+            blocked=1,
+            walls={"seccomp": True, "cgroups": "Not <here>."},
+            cases=[
+                {
+                    "group": "files",
+                    "case": "<b>",
+                    "wall": "seccomp",
+                    "verdict": "blocked",
+                    "seen": "<i>EPERM",
+                    "seconds": 0.1,
+                }
+            ],
+        ),
         "auditevent": AuditEvent.objects.create(team=team, actor=person, key=key, action="sign_in", subject=name),
         "event": Event.objects.create(execution=execution, seq=1, kind="stdout", data={"text": "said"}),
         "execution": execution,
