@@ -11,6 +11,8 @@ import secrets
 import struct
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -47,27 +49,36 @@ ENVD, INTERPRETER = 49983, 49999
 LOST = "The code could not be interrupted; its context was ended and its variables are lost."
 STOP_SECONDS = 5  # for the agent to stop a run; after that the sandbox is ended
 TYPES = {"FILE_TYPE_DIRECTORY": "directory", "FILE_TYPE_SYMLINK": "symlink"}
+LANGUAGES = frozenset({"python", "bash", "javascript", "typescript"})  # of the default template, on any machine
+CAPABILITIES = Capabilities(
+    executes=True,
+    commands=True,
+    files=True,
+    contexts=True,
+    packages=True,
+    internet=True,
+    network_rules=True,
+    egress=True,
+    templates=True,
+    run_limits=True,
+    metrics=True,
+    ports=True,
+)
 
 
 class LocalBackend(Backend):
     """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; TEMPLATES, {name: python}."""
 
-    capabilities = Capabilities(
-        executes=True,
-        languages=frozenset({"python", "bash"}),
-        commands=True,
-        files=True,
-        contexts=True,
-        packages=True,
-        internet=True,
-        network_rules=True,
-        egress=True,
-        templates=True,
-        run_limits=True,
-        metrics=True,
-        ports=True,
-    )
     isolation = "namespaces"
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        """With the languages that some template of the node has; a template without one refuses it."""
+        try:
+            noted = [json.loads(path.read_text()) for path in Path(self.run_dir, "languages").iterdir()]
+        except (OSError, ValueError):  # before the node runs, or while it writes
+            noted = []
+        return replace(CAPABILITIES, languages=LANGUAGES.union(*noted))
 
     @property
     def run_dir(self) -> str:

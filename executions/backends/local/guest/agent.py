@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import beginning, envd, http, interpreter, landlock, python_context
+from . import beginning, envd, http, interpreter, javascript_context, landlock, languages, python_context
 from .contexts import Context
 from .nursery import Nursling
 from .processes import Reaper
@@ -32,8 +32,9 @@ class Agent:
 
     def environment(self, cwd: str = HOME) -> dict[str, str]:
         """What guests find in their environment: nothing of the launcher's, then what the sandbox was created with."""
+        ours = os.path.dirname(sys.executable), javascript_context.folder()
         return {
-            "PATH": f"{os.path.dirname(sys.executable)}:/usr/local/bin:/usr/bin:/bin",
+            "PATH": ":".join(filter(None, (*ours, "/usr/local/bin:/usr/bin:/bin"))),
             "HOME": HOME, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd,
             "PYTHONPATH": "/opt/sandgate/guest/site", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
             "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.plan["sandbox_id"], "E2B_TEMPLATE_ID": self.plan["template"],
@@ -63,6 +64,8 @@ async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling, 
     agent = Agent(plan, nursling)
     os.mkdir(python_context.PACKAGES)  # before a Python looks: it would remember that there is none
     interpreter.default_context(agent, "python").start()
+    if "javascript" not in languages.absent:
+        interpreter.default_context(agent, "javascript")  # is listed from the beginning, and starts with its first cell
     if fonts := python_context.font_list:
         cache = Path(HOME, ".cache/matplotlib")
         cache.mkdir(parents=True)

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import Any
 
-from . import bash_context, python_context
+from .languages import LANGUAGES
 from .processes import (
     close_all_but,
     descendants,
@@ -31,12 +31,17 @@ LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
 ITEMS_LIMIT = 2_000_000  # values in one result: beyond it reading the line takes many times its own memory
 EVENT_BYTES = 256  # what an event takes beside its text
 HIGH_WATER = 4 << 20  # of events that nobody has fetched yet, in bytes; beyond it the context waits
-SAYS = ("count", "result", "error", "end")  # what a context may say of itself; output comes through its pipes
+SAYS = (
+    "count",
+    "stdout",
+    "stderr",
+    "result",
+    "error",
+    "end",
+)  # what a context may say; more output comes through pipes
 PIECE = 64 * 1024
 TRUNCATED = "\n[output ends here: it passed the limit of {} bytes]\n"
 SWOLLEN = "\n[a result of more than {} values was left out]\n"
-
-RUNNERS = {"python": python_context.run, "bash": bash_context.run}
 
 
 class Context:
@@ -96,6 +101,7 @@ class Context:
 
     def _fork(self, control: socket.socket, channels: list[int]) -> int:
         agent, environment = self.agent, self.agent.environment(self.cwd)
+        language = LANGUAGES[self.language]
         if self.language == "python" and agent.nursling is not None:
             nursling, agent.nursling = agent.nursling, None
             return nursling.become_context(agent.plan, self.cwd, environment, agent.rules, channels)
@@ -105,9 +111,9 @@ class Context:
             os.dup2(channels[2], 2)
             close_all_but(control.fileno())
             os.chdir(self.cwd)
-            RUNNERS[self.language](control, environment)
+            language.run(control, environment, agent.plan["limits"])
 
-        return fork_guest(agent.plan, agent.rules, become)
+        return fork_guest(agent.plan, agent.rules, become, language.data_mib)
 
     def _resume(self) -> None:
         if not self._reading:
@@ -151,6 +157,8 @@ class Context:
     def _read(self, descriptor: int) -> bool:
         """Take one piece from a channel; False when there is none now."""
         name = self._channels[descriptor]
+        if name == "control":
+            self._drain()  # what a child has printed came before what the context says now
         try:
             data = os.read(descriptor, PIECE)
         except BlockingIOError:
@@ -186,11 +194,19 @@ class Context:
                 continue  # the user's code wrote to our socket
             if kind not in SAYS:
                 continue
+            if kind in ("stdout", "stderr"):
+                self._output(kind, str(event.get("text")), len(line))
+                continue
             if kind == "end":
                 self.idle.set()
             elif kind == "count" and not self._counted:  # what the context needs has started, the cell has not
                 self._counted, self._since = True, now()
             self._push(event, len(line))
+
+    def _drain(self) -> None:
+        for descriptor in [one for one, name in self._channels.items() if name != "control"]:
+            while descriptor in self._channels and self._read(descriptor):
+                pass
 
     def _output(self, name: str, text: str, size: int) -> None:
         limit = self.agent.plan["limits"]["output_bytes"]
@@ -223,7 +239,7 @@ class Context:
 
     # cells
 
-    async def begin(self, code: str, env: dict[str, str], run: str = "") -> None:
+    async def begin(self, code: str, env: dict[str, str], language: str, run: str = "") -> None:
         """Send one cell; its events follow until one says end or died. The caller holds the lock. OSError, TimeoutError."""
         self.start()
         self.take()
@@ -232,7 +248,7 @@ class Context:
         self._since = now()
         self.idle.clear()
         self.agent.running.add(self.id)
-        data = json.dumps({"code": code, "env": env}).encode() + b"\n"
+        data = json.dumps({"code": code, "env": env, "language": language}).encode() + b"\n"
         try:
             await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(self._control, data), HANDOVER_SECONDS)
         except (OSError, TimeoutError):

@@ -12,29 +12,37 @@ from typing import Any
 
 import wire
 
-from .contexts import RUNNERS, Context
+from .contexts import Context
 from .http import Refused, Request
+from .languages import ALIASES, LANGUAGES, absent
 
 KEEPALIVE_SECONDS = 5
-ALIASES = {"python3": "python", "py": "python", "sh": "bash"}
 CONTEXTS_LIMIT = 32
 
 
 def default_context(agent: Any, language: str) -> Context:
     """The context of a language when none is named; made at first use, its id stays."""
+    language = _home(language)
     if language not in agent.defaults:
         agent.defaults[language] = _add(agent, language, "/home/user").id
     return agent.contexts[agent.defaults[language]]
 
 
 def _add(agent: Any, language: str, cwd: str) -> Context:
-    if language not in RUNNERS:
-        raise Refused(400, f"Unknown language {language!r}; this sandbox has {', '.join(RUNNERS)}")
+    if language not in LANGUAGES:
+        raise Refused(400, f"Unknown language {language!r}; there are {', '.join(LANGUAGES)}")
+    if language in absent:
+        raise Refused(400, absent[language])
     if len(agent.contexts) >= CONTEXTS_LIMIT:
         raise Refused(429, f"A sandbox has at most {CONTEXTS_LIMIT} contexts")
     context = Context(agent, secrets.token_hex(16), language, cwd)
     agent.contexts[context.id] = context
     return context
+
+
+def _home(language: str) -> str:
+    """The language whose default context it uses."""
+    return LANGUAGES[language].like or language if language in LANGUAGES else language
 
 
 def _language(value: Any) -> str:
@@ -82,7 +90,7 @@ def _known(agent: Any, identifier: str) -> Context:
 
 def _default_or_known(agent: Any, identifier: str) -> Context:
     """`identifier` may also be a language: its default context."""
-    return _known(agent, agent.defaults.get(_language(identifier), identifier))
+    return _known(agent, agent.defaults.get(_home(_language(identifier)), identifier))
 
 
 async def _create(agent: Any, request: Request) -> None:
@@ -120,24 +128,24 @@ async def _execute(agent: Any, request: Request) -> None:
     env = _strings(body.get("env_vars"))
     if identifier and body.get("language"):
         raise Refused(400, "Only one of context_id or language can be provided")
-    context = _known(agent, str(identifier)) if identifier else default_context(agent, _language(body.get("language")))
+    language = _language(body.get("language"))
+    context = _known(agent, str(identifier)) if identifier else default_context(agent, language)
+    cell = (code, env, context.language if identifier else language, str(body.get("run") or ""))
     gone = asyncio.create_task(request.gone())
     try:
-        await _stream(context, code, env, str(body.get("run") or ""), request, gone)
+        await _stream(context, cell, request, gone)
     finally:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
 
 
-async def _stream(
-    context: Context, code: str, env: dict[str, str], run: str, request: Request, gone: asyncio.Task
-) -> None:
+async def _stream(context: Context, cell: tuple, request: Request, gone: asyncio.Task) -> None:
     request.begin(200, "application/x-ndjson")
     if not await _acquired(context.lock, request, gone):
         return
     try:
         try:
-            await context.begin(code, env, run)
+            await context.begin(*cell)
         except OSError as problem:
             await request.send(_line(type="error", name="ContextFailed", value=str(problem), traceback=""))
             await request.end()

@@ -48,4 +48,4 @@ def _wait(agent: socket.socket, program: bytes) -> None:
     os.dup2(err, 2)
     processes.close_all_but(control)
     os.chdir(given["cwd"])
-    python_context.run(socket.socket(fileno=control), given["environment"])
+    python_context.run(socket.socket(fileno=control), given["environment"], given["plan"]["limits"])

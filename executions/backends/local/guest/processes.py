@@ -42,14 +42,14 @@ class Reaper:
                 ended(status)
 
 
-def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any]) -> int:
+def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any], data_mib: int = 256) -> int:
     """Fork a process that runs guest code through `become`, which never returns; its pid. OSError at the limit."""
     pid = os.fork()
     if pid:
         return pid
     try:
         asyncio._set_running_loop(None)
-        walls.become_guest(plan, rules)
+        walls.become_guest(plan, rules, data_mib)
         become()
     except BaseException:
         os.write(2, traceback.format_exc(limit=-3).encode())

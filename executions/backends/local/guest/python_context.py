@@ -148,7 +148,7 @@ def _stream(descriptor: int, channels: Channels) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, "utf-8", "backslashreplace", newline="\n", line_buffering=True)
 
 
-def run(control: socket.socket, environment: dict[str, str]) -> None:
+def run(control: socket.socket, environment: dict[str, str], limits: dict[str, int]) -> None:
     """Run cells until the agent hangs up. The process is already a guest."""
     channels = Channels(control)
     sys.stdout, sys.stderr = _stream(1, channels), _stream(2, channels)

@@ -133,8 +133,8 @@ def _limit(plan: dict) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def become_guest(plan: dict, rules: int | None) -> None:
-    """Lower this fork of the agent to what runs guest code; call it once, last."""
+def become_guest(plan: dict, rules: int | None, data_mib: int = 256) -> None:
+    """Lower this fork of the agent to what runs guest code; call it once, last. `data_mib`: what its runtime reserves."""
     os.setsid()
     linux.prctl(linux.PR_SET_DUMPABLE, 1)
     Path("/proc/self/oom_score_adj").write_text("1000")  # the agent dies last
@@ -145,6 +145,6 @@ def become_guest(plan: dict, rules: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     if plan["limit_data"]:
-        memory = max(256, plan["limits"]["memory_mib"]) << 20
+        memory = max(data_mib, plan["limits"]["memory_mib"]) << 20
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     landlock.enforce(rules)

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from . import agent, nursery, python_context, seccomp, walls
+from . import agent, languages, nursery, python_context, seccomp, walls
 
 CONTROL = 3
 
@@ -23,7 +23,7 @@ def main() -> None:
     control = socket.socket(fileno=CONTROL)
     try:
         began = time.monotonic()
-        facts = python_context.warm()
+        facts = python_context.warm() | {"languages": languages.look(), "absent": languages.absent}
         program = seccomp.program()
         gc.collect()
         gc.freeze()  # forks share these pages as long as nobody counts references in them

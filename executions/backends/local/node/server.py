@@ -332,8 +332,9 @@ class Node:
         """Make the run folder ours and empty; processes of an earlier node died with it."""
         (self.run_dir / "root").mkdir(exist_ok=True)
         (self.run_dir / "node.sock").unlink(missing_ok=True)
-        shutil.rmtree(self.run_dir / "sandboxes", ignore_errors=True)
-        (self.run_dir / "sandboxes").mkdir(mode=0o700)
+        for name in ("sandboxes", "languages"):
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
+            (self.run_dir / name).mkdir(mode=0o700)
 
 
 async def _run(node: Node, die_with_parent: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Template:
     def __init__(self, name: str, content: Content, run_dir: Path, block: Block | None, forks_limit: int) -> None:
         self.name, self.content, self.run_dir, self.block = name, content, run_dir, block
         self.forks_limit = forks_limit  # sandboxes of one zygote; then a new one takes over
+        self._languages = run_dir / "languages" / name  # what it has, for whoever asks without waiting
         self.state, self.detail = "warming", ""
         self.zygote: Zygote | None = None
         self.settled = asyncio.Event()  # ready or broken
@@ -107,9 +109,11 @@ class Template:
                     await zygote.stop()
                     raise
                 await self._replace(zygote)
+                self._languages.write_text(json.dumps(zygote.facts["languages"]))
                 self._settle("ready")
                 await self._serve(zygote)
         finally:
+            self._languages.unlink(missing_ok=True)
             await asyncio.gather(*(one.stop() for one in {self.zygote, *self._retired} if one is not None))
 
     def _settle(self, state: str, detail: str = "") -> None:
