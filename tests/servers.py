@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -124,7 +125,7 @@ def unprivileged() -> dict[str, Any]:
 
 def free_port() -> int:
     """A loopback port that is free now, below the kernel's ephemeral range."""
-    for port in range(20_000 + os.getpid() % 5000, 32_000):
+    for port in range(random.randrange(20_000, 31_000), 32_000):  # other test runs on this machine choose too
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -130,6 +130,7 @@ def test_a_second_start_is_quick_shows_no_secret_and_changes_nothing(started, da
 
 def test_a_taken_port_is_one_sentence_and_another_port(data):
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port := servers.free_port()))
         taken.listen()
 
