@@ -63,7 +63,7 @@ def seed() -> None:
         name="default",
         defaults={
             "description": "Python with the data stack: numpy, pandas, matplotlib, scipy, scikit-learn, seaborn, sympy.",
-            "languages": ["python", "bash"],
+            "languages": ["python", "bash", "javascript", "typescript"],
             "memory_mib": 1024,
             "disk_mib": 1024,
         },

@@ -24,7 +24,7 @@ from pathlib import Path
 from executions.errors import BackendUnavailable
 
 DEFAULT_LOCK = Path(__file__).with_name("data.txt")
-NEEDED_BYTES = 900 << 20
+NEEDED_BYTES = 1100 << 20
 INSTALL_SECONDS = 900
 RETRY_SECONDS = 600  # after which an environment that could not be made is tried again
 UNUSED_SECONDS = 86_400
@@ -72,7 +72,7 @@ def make(
                 f"The disk is too full for the sandboxes' packages: {NEEDED_BYTES >> 20} MB are needed in {under}.",
                 remedy=f"df -h {under}   (free some, or name another folder: export SANDGATE_DATA=/path)",
             )
-        say(f"Installing the sandboxes' packages into {home} (once, about 500 MB).")
+        say(f"Installing the sandboxes' packages into {home} (once, about 700 MB).")
         shutil.rmtree(home, ignore_errors=True)  # an earlier attempt that was cut short
         try:
             _install(python, lock, packages)

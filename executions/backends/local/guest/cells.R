@@ -1,8 +1,8 @@
 # An R context: cells evaluated in the global environment, by the protocol of child.py.
 
 local({
-  cells <- file("/proc/self/fd/3", "r")
-  replies <- file("/proc/self/fd/4", "w")
+  cells <- file("/proc/self/fd/3", "r", raw = TRUE)
+  replies <- file("/proc/self/fd/4", "w", raw = TRUE)
 
   decoded <- function(digits) {
     if (digits == "-") return("")
@@ -11,9 +11,9 @@ local({
     Encoding(text) <- "UTF-8"
     text
   }
-  encoded <- function(text) {
-    digits <- paste(as.character(charToRaw(enc2utf8(paste(text, collapse = "\n")))), collapse = "")
-    if (digits == "") "-" else digits
+  encoded <- function(value) {
+    bytes <- if (is.raw(value)) value else charToRaw(enc2utf8(paste(value, collapse = "\n")))
+    if (length(bytes)) paste(as.character(bytes), collapse = "") else "-"
   }
   reply <- function(kind, ...) {
     flush(stdout())
@@ -29,6 +29,18 @@ local({
       if (!seen$visible) next
       if (at < length(expressions)) print(seen$value)
       else reply("result", utils::capture.output(print(seen$value)))
+    }
+  }
+  plots <- file.path(tempdir(), "plots")
+  dir.create(plots)
+  options(device = function(...) {
+    grDevices::png(file.path(plots, "%03d.png"), 960, 720, res = 120, type = "cairo")
+  })
+  show_plots <- function() {
+    grDevices::graphics.off()
+    for (plot in list.files(plots, full.names = TRUE)) {
+      reply("png", readBin(plot, "raw", file.size(plot)))
+      unlink(plot)
     }
   }
   failed <- function(problem) {
@@ -50,6 +62,7 @@ local({
       error = failed,
       interrupt = function(...) reply("error", "KeyboardInterrupt", "", "KeyboardInterrupt")
     )
+    tryCatch(show_plots(), error = failed, interrupt = function(...) NULL)
     reply("end")
   }
 })

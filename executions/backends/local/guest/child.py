@@ -1,15 +1,17 @@
 """Contexts whose interpreter is a child: it reads one line for each cell from descriptor 3 and answers on descriptor 4.
 
     result HEX            the value as text
+    png HEX               a picture that the cell has drawn
     error HEX HEX HEX     name, value, traceback
     end [STATUS]          after everything else; a status that is not 0 is an error, too
 
-HEX is the text's UTF-8 in hexadecimal digits, "-" where it is empty. What the cell prints goes to stdout and stderr
+HEX is the picture or the text's UTF-8 in hexadecimal digits, "-" where it is empty. What the cell prints goes to stdout and stderr
 themselves; the child flushes them before it answers.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -58,6 +60,10 @@ class Child:
                     status = f"exit status {fields[0]}"
                     yield {"type": "error", "name": "ExitStatus", "value": status, "traceback": status}
                 return
+            if kind == "png":
+                picture = base64.b64encode(bytes.fromhex(fields[0])).decode()
+                yield {"type": "result", "main": False, "mime": {"image/png": picture}}
+                continue
             texts = ["" if field == "-" else bytes.fromhex(field).decode("utf-8", "replace") for field in fields]
             if kind == "result":
                 yield {"type": "result", "main": True, "mime": {"text/plain": texts[0]}}

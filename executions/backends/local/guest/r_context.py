@@ -23,7 +23,7 @@ def _scoped(env: dict[str, str]) -> tuple[str, str]:
         return "", ""
     names = ", ".join(map(_quoted, env))
     values = ", ".join(f"{_quoted(name)} = {_quoted(value)}" for name, value in env.items())
-    do = f".sandgate_was <- Sys.getenv(c({names}), NA); do.call(Sys.setenv, list({values}))"
+    do = f".sandgate_was <- Sys.getenv(c({names}), NA, names = TRUE); do.call(Sys.setenv, list({values}))"
     undo = (
         "local({gone <- is.na(.sandgate_was); Sys.unsetenv(names(.sandgate_was)[gone]); "
         "if (!all(gone)) do.call(Sys.setenv, as.list(.sandgate_was[!gone]))}); rm(.sandgate_was)"

@@ -15,7 +15,7 @@ LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SHOWN_OF_ETC = (
     "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "fonts", "ssl/certs", "ssl/openssl.cnf", "pki/tls/certs",
     "ca-certificates", "alternatives", "mime.types", "services", "protocols", "bash.bashrc", "inputrc", "terminfo",
-    "nsswitch.conf", "magic", "java-17-openjdk", "R",
+    "nsswitch.conf", "magic", "R", *(path.name for path in Path("/etc").glob("java-*")),
 )  # fmt: skip
 WRITTEN = {
     "etc/passwd": "root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:1000:1000:user:/home/user:/bin/bash\n"
