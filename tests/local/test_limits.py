@@ -207,3 +207,16 @@ async def test_runs_at_the_same_time_each_see_the_peak(backend):
 )
 def test_which_limit_an_exception_speaks_of(name, said, limit):
     assert limits.suspected(name, said) == limit
+
+
+async def test_cpu_time_of_a_command_has_an_end_too(backend):
+    async with sandbox(backend) as handle:
+        with pytest.raises(CpuExceeded):
+            await collect(backend.run_command(handle, "while :; do :; done", cpu_seconds=0.5), [])
+        left = await value(
+            backend,
+            handle,
+            "import glob\n[p for p in glob.glob('/proc/[0-9]*/cmdline') if b'do :' in open(p, 'rb').read()]",
+        )
+
+    assert left == []

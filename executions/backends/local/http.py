@@ -14,12 +14,18 @@ from executions.errors import SandboxLost
 
 HEAD_LIMIT = 256 * 1024
 PIECE = 256 * 1024
+WHOLE_LIMIT = 64 << 20  # of a body that is read whole, in bytes
 PATH_LIMIT = 100  # of a socket's address, in bytes; longer folders are reached through a descriptor
 CONNECT_SECONDS = 5
 
 
 async def open_socket(folder: str, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the unix socket `name` in `folder`, however long its path. OSError where nobody listens."""
+    """Streams to the unix socket `name` in `folder`. OSError where nobody listens."""
+    return await asyncio.open_unix_connection(sock=await connected(folder, name), limit=HEAD_LIMIT)
+
+
+async def connected(folder: str, name: str) -> socket.socket:
+    """A connection to the unix socket `name` in `folder`, however long its path. OSError where nobody listens."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     descriptor = -1
     try:
@@ -34,7 +40,7 @@ async def open_socket(folder: str, name: str) -> tuple[asyncio.StreamReader, asy
                     break
                 except BlockingIOError:  # its backlog is full
                     await asyncio.sleep(0.005)
-        return await asyncio.open_unix_connection(sock=sock, limit=HEAD_LIMIT)
+        return sock
     except BaseException:
         sock.close()
         raise
@@ -54,16 +60,18 @@ class Answer:
         try:
             if "chunked" in self.headers.get("transfer-encoding", ""):
                 while size := int((await self._reader.readline()).split(b";")[0] or b"x", 16):
-                    while size:
+                    while size > 0:
                         piece = await self._reader.read(min(size, PIECE))
                         if not piece:
                             raise ConnectionError
                         size -= len(piece)
                         yield piece
+                    if size:
+                        raise ValueError("a chunk of negative size")
                     await self._reader.readexactly(2)
                 return
             left = int(self.headers.get("content-length", 0))
-            while left:
+            while left > 0:
                 piece = await self._reader.read(min(left, PIECE))
                 if not piece:
                     raise ConnectionError
@@ -73,13 +81,19 @@ class Answer:
             raise SandboxLost() from problem
 
     async def whole(self) -> bytes:
-        return b"".join([piece async for piece in self.pieces()])
+        """The body in one piece. SandboxLost where it breaks off or does not end."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > WHOLE_LIMIT:
+                raise SandboxLost("The sandbox sent an endless answer.")
+        return bytes(body)
 
     async def json(self) -> Any:
         """The body as JSON. SandboxLost where it is not: then the agent is not itself any more."""
         try:
             return json.loads(await self.whole() or b"null")
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise SandboxLost() from problem
 
 

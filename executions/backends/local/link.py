@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -19,18 +20,16 @@ class Link:
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._socket: socket.socket | None = None
 
     async def ask(self, op: str, **request: Any) -> dict[str, Any]:
         """BackendUnavailable where the node does not answer, SandboxLost where it knows no such sandbox."""
         try:
             async with asyncio.timeout(NODE_SECONDS):
-                if self._streams is None:
-                    self._streams = await http.open_socket(self.run_dir, "node.sock")
-                reader, writer = self._streams
-                writer.write(json.dumps({"op": op, **request}).encode() + b"\n")
-                answer = json.loads(await reader.readuntil(b"\n"))
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as problem:
+                if self._socket is None:
+                    self._socket = await http.connected(self.run_dir, "node.sock")
+                answer = json.loads(await self._exchange(json.dumps({"op": op, **request}).encode() + b"\n"))
+        except (OSError, TimeoutError) as problem:
             raise BackendUnavailable(
                 f"The node at {self.run_dir} does not answer.", remedy="Start it: sandbox_node."
             ) from problem
@@ -42,9 +41,22 @@ class Link:
             raise BackendUnavailable(answer["detail"])
         raise BackendError(answer["detail"])
 
+    async def _exchange(self, line: bytes) -> bytes:
+        """Send a line and receive one; by hand, for streams take as long again as the node does."""
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, line)
+        received = b""
+        while not received.endswith(b"\n"):
+            piece = await loop.sock_recv(self._socket, 1 << 16)
+            if not piece:
+                raise ConnectionError("the node has hung up")
+            received += piece
+        return received
+
     def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
+        if self._socket is not None:
+            self._socket.close()
 
 
 class Meter:

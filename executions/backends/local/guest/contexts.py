@@ -250,7 +250,8 @@ class Context:
         self.agent.running.add(self.id)
         data = json.dumps({"code": code, "env": env, "language": language}).encode() + b"\n"
         try:
-            await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(self._control, data), HANDOVER_SECONDS)
+            async with asyncio.timeout(HANDOVER_SECONDS):
+                await asyncio.get_running_loop().sock_sendall(self._control, data)
         except (OSError, TimeoutError):
             self.end()  # it is idle and does not read: it is not itself any more
             await self.ended.wait()

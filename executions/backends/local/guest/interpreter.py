@@ -193,6 +193,8 @@ async def _arrival(context: Context, request: Request, gone: asyncio.Task) -> No
 
 async def _acquired(lock: asyncio.Lock, request: Request, gone: asyncio.Task) -> bool:
     """Wait for the context's turn; False when the client left before."""
+    if not lock.locked():
+        return await lock.acquire()  # at once
     acquiring = asyncio.ensure_future(lock.acquire())
     while True:
         if acquiring.done() and not gone.done():

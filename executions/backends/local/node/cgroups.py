@@ -7,11 +7,12 @@ import errno
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 PERIOD_US = 100_000
+PEAKS = ("memory.max_usage_in_bytes", "memory.peak")  # of version 1 and 2
 
 
 @dataclass(slots=True)
@@ -20,9 +21,22 @@ class Group:
 
     folders: dict[str, Path]
     version: int
+    _meters: dict[str, int] = field(default_factory=dict)  # files that are read at every run stay open
 
     def _write(self, controller: str, name: str, value: object) -> None:
         (self.folders[controller] / name).write_text(str(value))
+
+    def _read(self, controller: str, name: str) -> bytes:
+        """A meter as it stands now. FileNotFoundError where this kernel does not have it."""
+        if name not in self._meters:
+            path = self.folders[controller] / name
+            try:
+                self._meters[name] = os.open(path, (os.O_RDWR if name in PEAKS else os.O_RDONLY) | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise
+            except OSError:  # this kernel cannot reset it
+                self._meters[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(self._meters[name], 4096, 0)
 
     def limit(self, *, memory_bytes: int, processes: int, cpu_count: float) -> None:
         quota = int(cpu_count * PERIOD_US)
@@ -44,31 +58,30 @@ class Group:
 
     def cpu_us(self) -> int:
         if self.version == 2:
-            return int((self.folders["cpu"] / "cpu.stat").read_text().split()[1])
-        return int((self.folders["cpuacct"] / "cpuacct.usage").read_text()) // 1000
+            return int(self._read("cpu", "cpu.stat").split()[1])
+        return int(self._read("cpuacct", "cpuacct.usage")) // 1000
 
     def peak_memory_bytes(self) -> int:
         """Since the last reset, where the kernel can reset it."""
-        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
         try:
-            return int((self.folders["memory"] / name).read_text())
+            return int(self._read("memory", PEAKS[self.version - 1]))
         except FileNotFoundError:  # memory.peak came with Linux 5.19
-            return int((self.folders["memory"] / "memory.current").read_text())
+            return int(self._read("memory", "memory.current"))
 
     def reset_peak(self) -> None:
-        if self.version == 1:  # version 2 resets for one descriptor only: there the peak is the sandbox's
-            self._write("memory", "memory.max_usage_in_bytes", 0)
+        """For who reads through the same descriptor, in version 2; from Linux 6.12 on: before, the peak is the sandbox's."""
+        with contextlib.suppress(OSError, KeyError):
+            os.pwrite(self._meters[PEAKS[self.version - 1]], b"0", 0)
 
     def memory_kills(self) -> int:
         """How many processes were killed because memory was used up."""
-        name = "memory.events" if self.version == 2 else "memory.oom_control"
-        words = (self.folders["memory"] / name).read_text().split()
-        return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+        words = self._read("memory", "memory.events" if self.version == 2 else "memory.oom_control").split()
+        return int(words[words.index(b"oom_kill") + 1]) if b"oom_kill" in words else 0
 
     def most_processes(self) -> int:
         for name in ("pids.peak", "pids.current"):  # the first came with Linux 6.1
             try:
-                return int((self.folders["pids"] / name).read_text())
+                return int(self._read("pids", name))
             except FileNotFoundError:
                 continue
         return 0
@@ -84,6 +97,8 @@ class Group:
 
     def remove(self) -> None:
         """Remove the folders. OSError while processes are inside."""
+        while self._meters:
+            os.close(self._meters.popitem()[1])
         for folder in set(self.folders.values()):
             try:
                 folder.rmdir()
