@@ -257,12 +257,15 @@ class LocalBackend(Backend):
                 async for envelope in envelopes(answer, deadline):
                     if error := envelope.get("error"):
                         raise _command_refusal(error, timeout_seconds)
-                    event = envelope.get("event", {})
-                    pid = event.get("start", {}).get("pid", pid)
-                    for kind, data in event.get("data", {}).items():
-                        yield Event(kind, {"text": decoders[kind].decode(base64.b64decode(data))})
-                    if "end" in event:
-                        exit_code = event["end"].get("exitCode", 0)
+                    with http.understood():
+                        event = envelope.get("event", {})
+                        pid = event.get("start", {}).get("pid", pid)
+                        data = event.get("data", {}).items()
+                        said = [(kind, decoders[kind].decode(base64.b64decode(piece))) for kind, piece in data]
+                        if "end" in event:
+                            exit_code = event["end"].get("exitCode", 0)
+                    for kind, text in said:
+                        yield Event(kind, {"text": text})
             if exit_code is None:
                 raise SandboxLost()
             if usage := await _used(meter):
@@ -305,7 +308,9 @@ class LocalBackend(Backend):
             return await answer.json()
 
     async def list_contexts(self, handle: Handle) -> list[dict[str, Any]]:
-        return await self._contexts(handle, "GET", "/contexts")
+        found = await self._contexts(handle, "GET", "/contexts")
+        with http.understood():
+            return [{name: str(one[name]) for name in ("id", "language", "cwd")} for one in found]
 
     async def create_context(self, handle: Handle, *, language: str, cwd: str | None = None) -> dict[str, Any]:
         return await self._contexts(handle, "POST", "/contexts", {"language": language, "cwd": cwd})
@@ -345,13 +350,14 @@ class LocalBackend(Backend):
 
     async def list_files(self, handle: Handle, path: str, *, depth: int = 1) -> list[FileInfo]:
         listed = await self._rpc(handle, "filesystem.Filesystem/ListDir", {"path": path, "depth": depth})
-        return [
-            FileInfo(
-                name=entry["name"], path=entry["path"], type=TYPES.get(entry["type"], "file"), size_bytes=int(entry["size"]),
-                mode=entry["mode"], modified_at=entry["modifiedTime"],
-            )
-            for entry in listed["entries"]
-        ]  # fmt: skip
+        with http.understood():
+            return [
+                FileInfo(
+                    name=entry["name"], path=entry["path"], type=TYPES.get(entry["type"], "file"),
+                    size_bytes=int(entry["size"]), mode=entry["mode"], modified_at=entry["modifiedTime"],
+                )
+                for entry in listed["entries"]
+            ]  # fmt: skip
 
     async def remove_file(self, handle: Handle, path: str) -> None:
         await self._rpc(handle, "filesystem.Filesystem/Remove", {"path": path})
@@ -401,20 +407,14 @@ async def _used(meter: Meter) -> Event | None:
 
 async def _event(line: dict[str, Any], meter: Meter) -> Event | None:
     """This product's event for a line of E2B's, with the limit that an error stands for; None for what is unknown."""
-    match line.pop("type", None):
-        case "stdout" | "stderr" as kind:
-            return Event(kind, {"text": line["text"]})
-        case "result":
-            return Event("result", {"main": line.get("is_main_result", False), "mime": wire.to_mime(line)})
-        case "error":
-            return await _error(line, meter)
-        case "number_of_executions":
-            return Event("count", {"execution_count": line["execution_count"]})
-    return None
+    if line.get("type") == "error":
+        return await _error(line, meter)
+    said = wire.said(line)
+    return Event(*said) if said else None
 
 
 async def _error(line: dict[str, Any], meter: Meter) -> Event:
-    error = {name: line[name] for name in ("name", "value", "traceback")}
+    error = {name: str(line.get(name) or "") for name in ("name", "value", "traceback")}
     died = "status" in line  # the agent's word; what code raises has none
     limit = limits.suspected(error["name"], error["value"])
     if died or limit is not None:

@@ -6,8 +6,8 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from executions.errors import SandboxLost
@@ -47,6 +47,15 @@ async def connected(folder: str, name: str) -> socket.socket:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """What has not the agent's shape comes from one that is not itself any more: SandboxLost."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
+        raise SandboxLost("The sandbox sent what cannot be understood.") from problem
 
 
 class Answer:
@@ -126,8 +135,9 @@ async def request(
             else:
                 writer.write(head.encode("latin-1"))
                 await _send_pieces(reader, writer, body)
-            answer = await _head(reader)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as problem:
+            with understood():
+                answer = await _head(reader)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as problem:
             raise SandboxLost() from problem
         yield answer
     finally:

@@ -13,6 +13,7 @@ from executions.backends.local import http
 from executions.errors import BackendError, SandboxLost
 
 LINE_LIMIT = 96 << 20
+ENVELOPE_LIMIT = 16 << 20
 
 
 class Deadline:
@@ -51,12 +52,16 @@ async def lines(answer: http.Answer, deadline: Deadline) -> AsyncIterator[dict[s
         *lines, rest = held.split(b"\n")
         held = bytearray(rest)
         for line in lines:
-            try:
-                parsed = json.loads(line)
-            except ValueError as problem:
-                raise SandboxLost("The sandbox sent what is not JSON.") from problem
-            if isinstance(parsed, dict):
+            if isinstance(parsed := _parsed(line), dict):
                 yield parsed
+
+
+def _parsed(data: bytes | bytearray) -> Any:
+    """SandboxLost for what is not JSON, or nested so deeply that nobody can read it."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as problem:
+        raise SandboxLost("The sandbox sent what is not JSON.") from problem
 
 
 async def envelopes(answer: http.Answer, deadline: Deadline) -> AsyncIterator[dict[str, Any]]:
@@ -73,7 +78,10 @@ async def envelopes(answer: http.Answer, deadline: Deadline) -> AsyncIterator[di
         held += piece
         while len(held) >= 5:
             size = struct.unpack(">I", held[1:5])[0]
+            if size > ENVELOPE_LIMIT:
+                raise SandboxLost("The sandbox sent an endless message.")
             if len(held) < 5 + size:
                 break
-            yield json.loads(held[5 : 5 + size])
+            if isinstance(message := _parsed(held[5 : 5 + size]), dict):
+                yield message
             del held[: 5 + size]
