@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from executions.backends.base import Backend, Event, Handle, SandboxSpec
-from executions.errors import ContextUnknown, FileRefused, RunTimedOut, SandboxLost
+from executions.backends.base import Backend, Event, Handle, Limits, SandboxSpec
+from executions.errors import ContextUnknown, CpuExceeded, FileRefused, RunTimedOut, SandboxLost
+from tests.backends.cells import CELLS, Cells
 
 
 def text(events: list[Event], kind: str = "stdout") -> str:
@@ -277,6 +278,36 @@ class BackendContract:
 
         assert value(events) == "True"
 
+    # limits
+
+    async def test_memory_that_is_used_up_is_named_and_the_sandbox_works_on(self, backend):
+        self.need(backend, "run_limits")
+        async with self.sandbox(backend, limits=Limits(memory_mib=256)) as handle:
+            events = await self.run(backend, handle, "held = []\nwhile True: held.append(bytearray(b'x' * (8 << 20)))")
+            after = await self.run(backend, handle, "1 + 1")
+
+        assert [event.data.get("reason") for event in events if event.kind == "error"] == ["out_of_memory"]
+        assert value(after) == "2"
+
+    async def test_a_full_disk_is_named(self, backend):
+        self.need(backend, "run_limits")
+        async with self.sandbox(backend, limits=Limits(disk_mib=32)) as handle:
+            events = await self.run(
+                backend, handle, "with open('/tmp/x', 'wb', 0) as f:\n    while True: f.write(b'x' * (1 << 20))"
+            )
+
+        assert [event.data.get("reason") for event in events if event.kind == "error"] == ["disk_full"]
+
+    async def test_cpu_time_that_is_used_up_stops_the_run(self, backend):
+        self.need(backend, "run_limits")
+        async with self.sandbox(backend) as handle:
+            await self.run(backend, handle, "kept = 5")
+            with pytest.raises(CpuExceeded):
+                await self.run(backend, handle, "while True: pass", cpu_seconds=0.3)
+            after = await self.run(backend, handle, "kept")
+
+        assert value(after) == "5"
+
     # ends
 
     async def test_a_run_that_kills_its_interpreter_says_so_and_the_next_one_works(self, backend):
@@ -494,3 +525,65 @@ class BackendContract:
         assert text(events) == "5 /tmp\n"
         assert text(failed, "stderr") == "oops\n"
         assert [event.kind for event in failed if event.kind == "error"] == ["error"]
+
+    # languages
+
+    def cells(self, backend: Backend, language: str) -> Cells:
+        self.need(backend, "executes")
+        if language not in backend.capabilities.languages:
+            pytest.skip(f"{backend.alias} declares no {language}")
+        return CELLS[language]
+
+    @pytest.mark.parametrize("language", CELLS)
+    async def test_a_language_keeps_its_state_and_says_what_happens(self, backend, language):
+        cells = self.cells(backend, language)
+        async with self.sandbox(backend) as handle:
+            kept = await self.run(backend, handle, cells.keeps, language=language)
+            asked = await self.run(backend, handle, cells.asks, language=language)
+            said = await self.run(backend, handle, cells.says, language=language)
+            failed = await self.run(backend, handle, cells.fails, language=language)
+
+        assert value(kept) is None
+        assert value(asked) == cells.answer
+        assert (text(said), text(said, "stderr")) == ("out\n", "err\n")
+        (error,) = [event.data for event in failed if event.kind == "error"]
+        assert (error["name"], error["value"]) == cells.error
+        assert "no" in error["traceback"]
+
+    @pytest.mark.parametrize("language", CELLS)
+    async def test_an_endless_loop_in_a_language_is_stopped_and_its_state_stays(self, backend, language):
+        cells = self.cells(backend, language)
+        async with self.sandbox(backend) as handle:
+            await self.run(backend, handle, cells.keeps, language=language)
+            with pytest.raises(RunTimedOut):
+                await self.run(backend, handle, cells.loops, language=language, timeout_seconds=0.5)
+            asked = await self.run(backend, handle, cells.asks, language=language)
+
+        assert value(asked) == cells.answer
+
+    @pytest.mark.parametrize("language", CELLS)
+    async def test_env_is_there_for_one_run_in_a_language(self, backend, language):
+        cells = self.cells(backend, language)
+        async with self.sandbox(backend) as handle:
+            given = await self.run(backend, handle, cells.env, language=language, env={"ONCE": "it's"})
+            later = await self.run(backend, handle, cells.env, language=language)
+
+        assert "it's" in value(given)
+        assert "it's" not in (value(later) or "")
+
+    @pytest.mark.parametrize("language", CELLS)
+    async def test_contexts_of_a_language_keep_apart_and_restart_forgets(self, backend, language):
+        self.need(backend, "contexts")
+        cells = self.cells(backend, language)
+        async with self.sandbox(backend) as handle:
+            made = await backend.create_context(handle, language=language, cwd="/tmp")
+            await self.run(backend, handle, cells.keeps, context_id=made["id"])
+            inside = await self.run(backend, handle, cells.asks, context_id=made["id"])
+            outside = await self.run(backend, handle, cells.asks, language=language)
+            await backend.restart_context(handle, made["id"])
+            forgotten = await self.run(backend, handle, cells.asks, context_id=made["id"])
+
+        assert (made["language"], made["cwd"]) == (language, "/tmp")
+        assert value(inside) == cells.answer
+        for events in (outside, forgotten):
+            assert [event.kind for event in events if event.kind in ("result", "error")] == ["error"]

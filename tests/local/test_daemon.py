@@ -365,7 +365,8 @@ async def test_health_and_the_default_context_of_the_interpreter(backend):
         _, contexts = await send(handle, "GET", "/contexts", port=49999, token=False)
         nothing, _ = await send(handle, "GET", "/nothing", port=49999)
 
-    assert [(context["language"], context["cwd"]) for context in json.loads(contexts)] == [("python", "/home/user")]
+    seen = [(context["language"], context["cwd"]) for context in json.loads(contexts)]
+    assert seen == [("python", "/home/user"), ("javascript", "/home/user")]
     assert nothing == 404
 
 

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import bash_context, java_context, javascript_context, python_context, r_context
+from . import bash_context, java_context, javascript_context, python_context, r_context, walls
 
 Run = Callable[[socket.socket, dict[str, str], dict[str, int]], None]
 
@@ -23,18 +23,19 @@ Run = Callable[[socket.socket, dict[str, str], dict[str, int]], None]
 class Language:
     run: Run
     missing: Callable[[], str] = lambda: ""  # why it cannot be had here, and how it can; "" where it can
+    has_child: bool = False  # it runs cells in a process of its own, and none before its count has been read
     like: str = ""  # the language whose default context it shares
-    data_mib: int = 256  # of RLIMIT_DATA at least: its runtime reserves that much before it begins
+    data_mib: int = walls.DATA_MIB  # of RLIMIT_DATA at least, which holds where there are no control groups
 
 
-JAVASCRIPT = Language(javascript_context.run, javascript_context.missing, data_mib=2048)
+JAVASCRIPT = Language(javascript_context.run, javascript_context.missing)
 LANGUAGES = {
-    "python": Language(python_context.run),
-    "bash": Language(bash_context.run),
+    "python": Language(python_context.run, data_mib=python_context.DATA_MIB),
+    "bash": Language(bash_context.run, has_child=True),
     "javascript": JAVASCRIPT,
     "typescript": replace(JAVASCRIPT, like="javascript"),
-    "java": Language(java_context.run, java_context.missing, data_mib=4096),
-    "r": Language(r_context.run, r_context.missing, data_mib=1024),
+    "java": Language(java_context.run, java_context.missing, has_child=True, data_mib=4096),
+    "r": Language(r_context.run, r_context.missing, has_child=True),
 }
 ALIASES = {"python3": "python", "py": "python", "sh": "bash", "js": "javascript", "ts": "typescript"}
 

@@ -43,7 +43,7 @@ def _wait(agent: socket.socket, program: bytes) -> None:
     control, out, err, *rules = descriptors
     linux.unshare(linux.CLONE_NEWCGROUP)
     walls.restrict(given["plan"], set(descriptors), program)
-    walls.become_guest(given["plan"], rules[0] if rules else None)
+    walls.become_guest(given["plan"], rules[0] if rules else None, python_context.DATA_MIB)
     os.dup2(out, 1)
     os.dup2(err, 2)
     processes.close_all_but(control)

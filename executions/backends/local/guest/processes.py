@@ -42,7 +42,7 @@ class Reaper:
                 ended(status)
 
 
-def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any], data_mib: int = 256) -> int:
+def fork_guest(plan: dict, rules: int | None, become: Callable[[], Any], data_mib: int = walls.DATA_MIB) -> int:
     """Fork a process that runs guest code through `become`, which never returns; its pid. OSError at the limit."""
     pid = os.fork()
     if pid:
@@ -139,8 +139,9 @@ async def extinguish(find: Callable[[], set[int]]) -> None:
     os.kill(-1, signal.SIGKILL)  # the kernel lets nobody fork meanwhile; pid 1 is not meant
 
 
-def working_threads(pid: int, since: Moment) -> bool:
-    """Whether threads that began since then are at work; those that wait for a lock are not, as in an idle pool."""
+def new_threads(pid: int, since: Moment) -> list[bool]:
+    """Of each thread that began since then, whether it is at work just now, and does not wait for a lock."""
+    found = []
     for task in (name for name in _names(f"/proc/{pid}/task") if int(name) != pid):
         try:
             with open(f"/proc/{pid}/task/{task}/stat") as file:
@@ -149,9 +150,9 @@ def working_threads(pid: int, since: Moment) -> bool:
                 call = file.read().split()[0]
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
-        if (start, int(task)) > since and call != FUTEX:
-            return True
-    return False
+        if (start, int(task)) > since:
+            found.append(call != FUTEX)
+    return found
 
 
 def _names(folder: str) -> list[str]:

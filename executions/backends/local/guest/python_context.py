@@ -34,6 +34,7 @@ WARM_CELLS = {
     "matplotlib.pyplot": ["import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('x')\nplt.show()"],
 }
 
+DATA_MIB = 256  # of RLIMIT_DATA at least; more only where the sandbox has more memory
 PACKAGES = "/home/user/.packages"  # what is installed into this sandbox
 
 shell: Any = None  # made once, in the zygote, like the next

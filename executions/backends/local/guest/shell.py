@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,10 @@ def _chart(figure: Any) -> dict | None:
     from e2b_charts import chart_figure_to_dict
 
     try:
-        return json.loads(json.dumps(chart_figure_to_dict(figure), allow_nan=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydantic's, about NumPy's numbers
+            found = chart_figure_to_dict(figure)
+        return json.loads(json.dumps(found, allow_nan=False, default=lambda number: number.item()))
     except Exception:  # a figure that it cannot read is still a picture
         return None
 

@@ -32,6 +32,7 @@ MASKED = (
     "cmdline", "config.gz", "diskstats", "interrupts", "iomem", "ioports", "kallsyms", "kcore", "key-users", "keys", "latency_stats",
     "modules", "partitions", "sched_debug", "softirqs", "timer_list",
 )  # fmt: skip
+DATA_MIB = 2048  # of RLIMIT_DATA at least: node reserves that much and never touches most of it
 TERMINALS = 64  # the machine has 4096 for all
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
 
@@ -133,8 +134,8 @@ def _limit(plan: dict) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def become_guest(plan: dict, rules: int | None, data_mib: int = 256) -> None:
-    """Lower this fork of the agent to what runs guest code; call it once, last. `data_mib`: what its runtime reserves."""
+def become_guest(plan: dict, rules: int | None, data_mib: int = DATA_MIB) -> None:
+    """Lower this fork of the agent to what runs guest code; call it once, last."""
     os.setsid()
     linux.prctl(linux.PR_SET_DUMPABLE, 1)
     Path("/proc/self/oom_score_adj").write_text("1000")  # the agent dies last
