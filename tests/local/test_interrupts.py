@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from executions.errors import RunTimedOut
+from executions.errors import ContextRestarted, RunTimedOut
 from tests.local.attack import host_pids, run, sandbox, value
 from tests.node import RunningNode
 
@@ -128,6 +128,26 @@ async def test_a_daemon_of_the_run_ends_with_it_and_the_variables_stay(backend, 
 
         assert host_pids(mark) == []
         assert await value(backend, handle, "kept") == 5
+
+
+async def test_an_idle_pool_of_threads_costs_nothing(backend):
+    pool = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor()\npool.submit(int).result()\n"
+    async with sandbox(backend) as handle:
+        said, _ = await interrupted(backend, handle, pool + "import time\ntime.sleep(600)")
+
+        assert [event.kind for event in said if event.kind == "error"] == []
+        assert await value(backend, handle, "pool.submit(lambda: 5).result()") == 5
+
+
+async def test_a_cancelled_run_that_lost_its_variables_says_so(backend):
+    async with sandbox(backend) as handle:
+        events = backend.run_code(handle, "print('on', flush=True)\n" + LOST["thread"])
+        async for event in events:
+            if event.kind == "stdout":
+                break
+
+        with pytest.raises(ContextRestarted):
+            await events.aclose()
 
 
 async def test_a_daemon_of_an_earlier_run_lives_on_with_what_it_starts(backend):

@@ -19,13 +19,14 @@ from .processes import (
     extinguish,
     fork_guest,
     kill,
+    new_threads,
     now,
     started_by,
-    working_threads,
 )
 
 GRACE_SECONDS = (0.3, 0.7)  # after the first and the second interrupt; then the context's processes end
 THREAD_SECONDS = 0.3  # for threads that the run has started to end, too
+RESTFUL_LOOKS = 8  # in a row: longer than a turn at the interpreter's lock
 HANDOVER_SECONDS = 5  # for an idle context to take its next cell
 LINE_LIMIT = 64 << 20  # one result; a longer line ends the context
 ITEMS_LIMIT = 2_000_000  # values in one result: beyond it reading the line takes many times its own memory
@@ -134,9 +135,10 @@ class Context:
                 pass
         for descriptor in list(self._channels):
             self._close(descriptor)
-        self.pid = 0
+        pid, self.pid = self.pid, 0
         self.ended.set()
         if not self.idle.is_set():
+            kill(started_by(pid, self._since, self.agent.reaper.roots))  # or a bomb's children keep its memory
             self.lost.append(self.run)
             self._push({"type": "died", "status": status}, 0)
             self.idle.set()
@@ -199,8 +201,8 @@ class Context:
                 continue
             if kind == "end":
                 self.idle.set()
-            elif kind == "count" and not self._counted:  # what the context needs has started, the cell has not
-                self._counted, self._since = True, now()
+            elif kind == "count" and not self._counted and LANGUAGES[self.language].has_child:
+                self._counted, self._since = True, now()  # its child has started, the cell has not
             self._push(event, len(line))
 
     def _drain(self) -> None:
@@ -289,8 +291,10 @@ class Context:
         await extinguish(lambda: started_by(pid, self._since, self.agent.reaper.roots))
 
     async def _threads_ended(self, pid: int) -> bool:
-        deadline = time.monotonic() + THREAD_SECONDS
-        while working_threads(pid, self._since):
+        """Whether the threads of the run end in time, or are at rest as in an idle pool: not just waiting for their turn."""
+        deadline, restful_looks = time.monotonic() + THREAD_SECONDS, 0
+        while (threads := new_threads(pid, self._since)) and restful_looks < RESTFUL_LOOKS:
+            restful_looks = 0 if any(threads) else restful_looks + 1
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.01)
