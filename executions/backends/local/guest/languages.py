@@ -24,7 +24,6 @@ class Language:
     run: Run
     missing: Callable[[], str] = lambda: ""  # why it cannot be had here, and how it can; "" where it can
     has_child: bool = False  # it runs cells in a process of its own, and none before its count has been read
-    has_child: bool = False  # it runs cells in a process of its own, and none before its count has been read
     like: str = ""  # the language whose default context it shares
     data_mib: int = walls.DATA_MIB  # of RLIMIT_DATA at least, which holds where there are no control groups
 
@@ -36,7 +35,7 @@ LANGUAGES = {
     "javascript": JAVASCRIPT,
     "typescript": replace(JAVASCRIPT, like="javascript"),
     "java": Language(java_context.run, java_context.missing, has_child=True, data_mib=4096),
-    "r": Language(r_context.run, r_context.missing, has_child=True, has_child=True),
+    "r": Language(r_context.run, r_context.missing, has_child=True),
 }
 ALIASES = {"python3": "python", "py": "python", "sh": "bash", "js": "javascript", "ts": "typescript"}
 
