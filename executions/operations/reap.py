@@ -21,6 +21,7 @@ from executions.states import AttemptOutcome, EndReason, ExecutionState, Sandbox
 E, S = ExecutionState, SandboxState
 log = logging.getLogger(__name__)
 STALE_BEATS = 3
+RETIRED_AT_ONCE = 20
 BOOT_PATIENCE = timedelta(seconds=60)
 _retiring: set[asyncio.Task] = set()
 
@@ -128,8 +129,8 @@ def find_over() -> list[tuple[Sandbox, str]]:
     return found
 
 
-async def reap() -> int:
-    """One round; returns how many rows were made true."""
+async def reap(*, orphans: bool = True) -> int:
+    """One round; returns how many rows were made true. `orphans`: also ask each backend what it still has."""
     mended = 0
     for execution in await rows(find_stale):
         try:
@@ -137,11 +138,15 @@ async def reap() -> int:
             mended += 1
         except IllegalTransition:
             continue
-    over = await rows(find_over)
-    for sandbox, reason in over:
-        if await retire(sandbox, reason):
-            mended += 1
-    mended += await kill_orphans()
+    at_once = asyncio.Semaphore(RETIRED_AT_ONCE)  # a backend that is slow to kill does not hold up the others
+
+    async def end(sandbox: Sandbox, reason: str) -> bool:
+        async with at_once:
+            return await retire(sandbox, reason)
+
+    mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
+    if orphans:
+        mended += await kill_orphans()
     return mended
 
 
