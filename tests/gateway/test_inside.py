@@ -65,6 +65,18 @@ def test_bash_and_environment_variables(sandbox):
     assert cell.logs.stdout == ["it's\n"]
 
 
+def test_javascript_and_typescript_as_the_sdk_asks_for_them(sandbox):
+    cell = sandbox.run_code("console.log(process.env.MARK); ({ a: [1] })", language="javascript", envs={"MARK": "it's"})
+    context = sandbox.create_code_context(language="ts", cwd="/tmp")
+    typed = sandbox.run_code("const n: number = 2; [n, process.cwd()]", context=context)
+    wrong = sandbox.run_code("n.none.none", language="js")
+
+    assert (cell.logs.stdout, cell.results[0].json, cell.text) == (["it's\n"], {"a": [1]}, "{ a: [ 1 ] }")
+    assert typed.results[0].json == [2, "/tmp"]
+    assert wrong.error.name == "ReferenceError"  # the default context knows nothing of the other
+    assert {"python", "javascript", "typescript"} <= {c.language for c in sandbox.list_code_contexts()}
+
+
 def test_contexts_keep_apart(sandbox):
     context = sandbox.create_code_context(cwd="/tmp")
     sandbox.run_code("x = 1", context=context)
