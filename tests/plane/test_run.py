@@ -8,7 +8,7 @@ import pytest
 from executions import journal, operations
 from executions.backends import scripted
 from executions.backends.base import Event as Said
-from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NoBackend, SessionGone
+from executions.errors import Conflict, ContextRestarted, Forbidden, Invalid, KeyReused, NoBackend, SessionGone
 from executions.hop import rows
 from executions.models import Event, Execution, IdempotencyRecord, Sandbox, Usage
 from executions.operations.reap import begin_retiring
@@ -215,6 +215,28 @@ async def test_memory_above_the_templates_is_refused(caller, monkeypatch):
 
     assert shape.limits == {"memory_mib": 128}
     assert (await Sandbox.objects.aget(pk=shape.sandbox_id)).memory_mib == 128
+
+
+async def test_a_cancel_that_cost_the_variables_says_so(caller, monkeypatch):
+    running = asyncio.Event()
+
+    async def stubborn(self, handle, code, **options):
+        running.set()
+        try:
+            await asyncio.sleep(60)
+            yield
+        finally:
+            raise ContextRestarted
+
+    monkeypatch.setattr(scripted.ScriptedBackend, "run_code", stubborn)
+    execution = await rows(operations.submit, caller=caller, request=asks("#= 1"))
+    run = operations.start(execution)
+    await running.wait()
+    run.cancel("enough")
+    await run.task
+
+    assert (execution.state, execution.error_code) == (ExecutionState.CANCELLED, "cancelled")
+    assert [(e.kind, e.data["name"]) for e in run.events] == [("error", "ContextRestarting")]
 
 
 async def test_a_repeated_request_is_answered_not_run_again(caller):
