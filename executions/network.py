@@ -48,6 +48,13 @@ NOT_PUBLIC_6 = [
 ]
 
 
+def normalised(texts: list[str]) -> list[str]:
+    """A list of rules, each in its one form and once. ValueError at the first that is none."""
+    if not isinstance(texts, list) or len(texts) > MOST_RULES:
+        raise ValueError(f"Network rules are a list of at most {MOST_RULES}.")
+    return list(dict.fromkeys(str(parse(text)) for text in texts))
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One thing that may be reached: `name` ("*" is any, "*.example.org" all below) or `network`, on `ports`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from django.conf import settings
@@ -30,8 +31,9 @@ def plan(
     commands: bool = False,
     template: Template | None = None,
     run_limits: bool = False,
+    network: Sequence[str] | None = None,
 ) -> Route:
-    """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
+    """`network` are the rules of the sandbox, the agent's where left out. Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
     agent = caller.agent
     assert agent is not None
     if language not in LANGUAGES:
@@ -44,9 +46,11 @@ def plan(
             known = ", ".join(backends.aliases())
             raise Invalid(f"There is no backend {alias!r}; there are {known}.", field="route")
     wanted = [bound] if bound else asked or agent.route or _default()
+    rules = agent.network_allow if network is None else network
     route = Route([])
     for alias in wanted:
         why = _unfit(alias, language, commands, agent.isolation_floor, template, run_limits)
+        why = why or backends.get(alias).network_refusal(rules)
         if why:
             route.skipped.append((alias, why))
         else:

@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar
 from django.conf import settings
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from executions.egress import hint
 from executions.errors import Invalid, TooLarge
 from executions.journal import OUTPUT_BYTES, RESULTS
-from executions.models import Artifact, Event, Execution, Package, Sandbox, Template
+from executions.models import Artifact, Egress, Event, Execution, Package, Sandbox, Template
 from executions.states import EventKind, ExecutionState, NamedLimit
 
 NameValue = dict[
@@ -64,6 +65,9 @@ class Submission(Accepted):
     limits: RunLimits = Field(
         RunLimits(), description="Reaching one is said by its name in error_code or limits_reached."
     )
+    network: list[str] | None = Field(
+        None, description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.", max_length=100
+    )
     cancel_on_disconnect: bool = Field(False, description="Stop the run when the waiting caller goes away.")
     user: str = Field("", description="Your own end user, for records and costs.", max_length=200)
     workflow: Short = ""
@@ -109,6 +113,9 @@ class SessionRequest(Accepted):
     timeout_seconds: int = Field(1800, ge=10, le=86_400, description="Its absolute end, from now.")
     idle_timeout_seconds: int = Field(600, ge=10, le=86_400, description="It ends when nothing has run for so long.")
     env: NameValue = {}
+    network: list[str] | None = Field(
+        None, description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.", max_length=100
+    )
     metadata: dict[str, str] = Field({}, max_length=32)
 
 
@@ -175,6 +182,20 @@ class AttemptShape(BaseModel):
     reason: str
 
 
+class EgressShape(BaseModel):
+    """One connection that the code asked for, or one refusal and how often it was repeated; bytes out are the sandbox's."""
+
+    host: str
+    port: int
+    address: str = Field(description="What the name led to; the address that was connected to.")
+    verdict: str = Field(description="allowed, denied or failed")
+    reason: str
+    bytes_out: int
+    bytes_in: int
+    times: int
+    at: datetime
+
+
 class UsageShape(BaseModel):
     """Seconds of wall time by phase, and what was measured outside the sandbox."""
 
@@ -205,6 +226,7 @@ class ExecutionShape(BaseModel):
     limits_reached: list[str] = Field([], description="Named limits: of error_code, and of what was cut.")
     execution_count: int | None = None
     attempts: list[AttemptShape] = []
+    egress: list[EgressShape] = Field([], description="What went out, or was refused; seen from outside the sandbox.")
     backend: str = ""
     isolation: str = ""
     sandbox_id: str | None = None
@@ -241,6 +263,7 @@ class SessionShape(BaseModel):
     template: str
     backend: str
     isolation: str
+    network: list[str]
     end_at: datetime
     idle_timeout_seconds: int
     end_reason: str
@@ -322,13 +345,20 @@ def dollars(nano_usd: int | None) -> str:
 
 
 def execution_shape(
-    execution: Execution, *, events: list[Event] | None = None, attempts: list | None = None
+    execution: Execution,
+    *,
+    events: list[Event] | None = None,
+    attempts: list | None = None,
+    egress: list[Egress] | None = None,
 ) -> ExecutionShape:
-    """The whole of an execution. `events` and `attempts` spare the queries where the caller has them."""
+    """The whole of an execution. `events`, `attempts` and `egress` spare the queries where the caller has them."""
     if events is None:
         events = list(execution.events.order_by("seq"))
     if attempts is None:
         attempts = list(execution.attempts.all())
+    allow = execution.sandbox.network_allow if execution.sandbox else []
+    if egress is None:
+        egress = list(execution.egress.order_by("pk")) if allow else []
     shape = execution_head(execution)
     stdout, stderr = [], []
     for event in events:
@@ -353,7 +383,14 @@ def execution_shape(
         AttemptShape(number=a.number, backend=a.backend, outcome=a.outcome, code=a.code, reason=a.reason)
         for a in attempts
     ]
+    shape.egress = [egress_shape(row) for row in egress]
+    if shape.error and not shape.detail:
+        shape.detail = hint(execution.agent.name, allow, shape.error.name, shape.error.value, egress)
     return shape
+
+
+def egress_shape(row: Egress) -> EgressShape:
+    return EgressShape(**{name: getattr(row, name) for name in EgressShape.model_fields})
 
 
 def execution_head(execution: Execution) -> ExecutionShape:
@@ -420,6 +457,7 @@ def session_shape(sandbox: Sandbox) -> SessionShape:
         template=sandbox.template.name,
         backend=sandbox.backend,
         isolation=sandbox.isolation,
+        network=sandbox.network_allow,
         end_at=sandbox.leased_until,
         idle_timeout_seconds=sandbox.idle_timeout_seconds,
         end_reason=sandbox.end_reason,

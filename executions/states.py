@@ -97,6 +97,14 @@ class NamedLimit(TextChoices):
     RESULTS_TRUNCATED = "results_truncated"
 
 
+class EgressVerdict(TextChoices):
+    """What became of a connection that code asked for."""
+
+    ALLOWED = "allowed"
+    DENIED = "denied"  # by the rules, or by a limit
+    FAILED = "failed"  # allowed, but nobody answered
+
+
 class Role(TextChoices):
     OWNER = "owner"
     OPERATOR = "operator"

@@ -176,6 +176,7 @@ class Environment(BaseModel):
     template: str
     packages: dict[str, Any]
     network: str
+    network_allow: list[str] = []
     timeout_seconds: dict[str, int]
     limits: list[dict[str, Any]]
     sessions: list[dict[str, Any]]

@@ -1,7 +1,7 @@
 """The rows. Each says what is true of itself; the database enforces it."""
 
 from executions.models.base import HasLifecycle, IllegalTransition, new_id
-from executions.models.executions import Artifact, Attempt, Event, Execution
+from executions.models.executions import Artifact, Attempt, Egress, Event, Execution
 from executions.models.money import LedgerEntry, Quota, Rate, Usage
 from executions.models.records import Attestation, AuditEvent, IdempotencyRecord, Package, Refusal, Transition
 from executions.models.sandboxes import Sandbox, Template
@@ -14,6 +14,7 @@ __all__ = [
     "Attempt",
     "Attestation",
     "AuditEvent",
+    "Egress",
     "Event",
     "Execution",
     "HasLifecycle",

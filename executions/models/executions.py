@@ -9,7 +9,7 @@ from django.utils import timezone
 from executions.models.base import HasLifecycle, IdField
 from executions.models.sandboxes import Sandbox
 from executions.models.teams import Agent, ApiKey, Team, User
-from executions.states import EXECUTION_ENDED, EXECUTION_NEXT, AttemptOutcome, EventKind, ExecutionState
+from executions.states import EXECUTION_ENDED, EXECUTION_NEXT, AttemptOutcome, EgressVerdict, EventKind, ExecutionState
 
 
 class ExecutionQuerySet(models.QuerySet):
@@ -146,6 +146,30 @@ class Event(models.Model):
 
     def __str__(self) -> str:
         return f"{self.seq} {self.kind}"
+
+
+class Egress(models.Model):
+    """One connection out of a sandbox as the proxy saw it, or one refusal and how often it was repeated."""
+
+    sandbox = models.ForeignKey(Sandbox, models.CASCADE, related_name="egress")
+    execution = models.ForeignKey(Execution, models.CASCADE, null=True, blank=True, related_name="egress")
+    number = models.PositiveIntegerField()
+    host = models.CharField(max_length=255, blank=True)
+    port = models.PositiveIntegerField()
+    address = models.CharField(max_length=45, blank=True)
+    verdict = models.CharField(max_length=8, choices=EgressVerdict)
+    reason = models.CharField(max_length=300, blank=True)
+    bytes_out = models.BigIntegerField(default=0)
+    bytes_in = models.BigIntegerField(default=0)
+    times = models.PositiveIntegerField(default=1)
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        verbose_name_plural = "egress"
+        constraints = [models.UniqueConstraint(fields=["sandbox", "number"], name="egress_number_once")]
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port} {self.verdict}"
 
 
 class Artifact(models.Model):

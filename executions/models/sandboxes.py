@@ -80,6 +80,7 @@ class Sandbox(HasLifecycle):
     name = models.CharField(max_length=100, blank=True)
     metadata = models.JSONField(default=dict, blank=True)
     env = models.JSONField(default=dict, blank=True)
+    network_allow = models.JSONField(default=list, blank=True, help_text="The rules of its network; empty: off.")
     cpu_count = models.PositiveSmallIntegerField(default=1)
     memory_mib = models.PositiveIntegerField(default=512)
     idle_timeout_seconds = models.PositiveIntegerField(default=300)

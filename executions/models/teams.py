@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from django.contrib.auth.models import AbstractUser
+from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from executions import network
 from executions.models.base import IdField
 from executions.states import Role, Scope
 
@@ -76,6 +78,11 @@ class Agent(models.Model):
     packages = models.JSONField(
         default=list, blank=True, help_text='Package names that may be installed. Empty: none. ["*"]: any.'
     )
+    network_allow = models.JSONField(
+        default=list,
+        blank=True,
+        help_text='Hosts and addresses that its code may reach. Empty: none. ["*"]: every public one.',
+    )
     timeout_seconds = models.PositiveIntegerField(default=60, help_text="Of one execution, when it does not say.")
     timeout_max_seconds = models.PositiveIntegerField(default=600, help_text="The most that it may ask for.")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -94,6 +101,13 @@ class Agent(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        super().clean()
+        try:
+            self.network_allow = network.normalised(self.network_allow)
+        except ValueError as problem:
+            raise ValidationError({"network_allow": str(problem)}) from None
 
 
 def default_scopes() -> list[str]:

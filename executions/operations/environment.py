@@ -8,7 +8,7 @@ from typing import Any
 from django.db.models import Count
 from django.utils import timezone
 
-from executions import backends, quotas
+from executions import backends, egress, quotas
 from executions.backends.base import Check
 from executions.errors import Invalid, NoBackend
 from executions.hop import rows
@@ -70,7 +70,8 @@ def offer(caller: Caller) -> dict[str, Any]:
         "template": agent.template.name if agent.template else "default",
         "templates": list(Template.objects.filter(is_active=True).order_by("name").values_list("name", flat=True)),
         "packages": {"may_install": agent.packages, "how": "install_package, or POST /sessions/{id}/packages"},
-        "network": "off",
+        "network": egress.words(agent.network_allow),
+        "network_allow": agent.network_allow,
         "timeout_seconds": {"default": agent.timeout_seconds, "max": agent.timeout_max_seconds},
     }
 

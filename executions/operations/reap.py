@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from executions import backends, ledger
+from executions import backends, egress, ledger
 from executions.errors import BackendError
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
@@ -42,9 +42,23 @@ async def retire(sandbox: Sandbox, reason: str) -> bool:
     """End a sandbox: RETIRING, kill, GONE. False while the kill is not confirmed; the row stays RETIRING for `reap`."""
     if not await rows(begin_retiring, sandbox, reason):
         return sandbox.state == S.GONE
+    await note_egress(sandbox, final=True)
     if not await run.kill(sandbox):
         return False
     return await rows(gone, sandbox)
+
+
+async def note_egress(sandbox: Sandbox, *, final: bool = False) -> None:
+    """Keep what went out of the sandbox since somebody asked; with `final` nothing goes out any more."""
+    if sandbox.network_allow:
+        known = await rows(egress.last_known, sandbox)
+        if records := await egress.ask(sandbox, after=known, final=final):
+            await rows(egress.store_found, sandbox, records)
+
+
+def find_networked() -> list[Sandbox]:
+    live = Sandbox.objects.open().filter(state=S.LEASED, handle__isnull=False)
+    return list(live.exclude(network_allow=[])[:500])
 
 
 def begin_retiring(sandbox: Sandbox, reason: str) -> bool:
@@ -146,7 +160,9 @@ async def reap(*, orphans: bool = True) -> int:
 
     mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
     if orphans:
-        mended += await kill_orphans()
+        for sandbox in await rows(find_networked):
+        await note_egress(sandbox)
+    mended += await kill_orphans()
     return mended
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, journal, ledger
+from executions import backends, egress, journal, ledger
 from executions.backends.base import Event as Said
-from executions.backends.base import Handle, Limits, SandboxSpec
+from executions.backends.base import EgressRecord, Handle, Limits, SandboxSpec
 from executions.errors import (
     BackendError,
     BackendUnavailable,
@@ -28,7 +28,7 @@ from executions.errors import (
 )
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Attempt, Event, Execution, IllegalTransition, Sandbox, Usage, hot
+from executions.models import Attempt, Egress, Event, Execution, IllegalTransition, Sandbox, Usage, hot
 from executions.operations.submit import next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
@@ -77,6 +77,8 @@ class Run:
         )
         self.sandbox_lost = False
         self.events: list[Event] = []  # all that was written, for a caller that waited here
+        self.went_out: list[EgressRecord] = []
+        self.egress: list[Egress] = []
         self.task: asyncio.Task | None = None
         self.work: asyncio.Future | None = None  # what a stop interrupts; never a transaction
         self.stopped_by: BaseException | None = None
@@ -308,6 +310,8 @@ class Run:
         lost = self.sandbox_lost
         ends = not sandbox.kept or lost
         ended_at = timezone.now()
+        known = await rows(egress.last_known, sandbox) if sandbox.kept and sandbox.network_allow else 0
+        self.went_out = await egress.ask(sandbox, after=known, final=ends)
         killing = asyncio.create_task(kill(sandbox)) if ends and not sandbox.ended_at else None
         if killing:
             await asyncio.wait({killing}, timeout=KILL_PATIENCE_SECONDS)
@@ -328,6 +332,9 @@ class Run:
         batch = self.journal.take()
         journal.write(batch)
         self.events += batch
+        if sandbox.network_allow:
+            egress.store(sandbox, self.went_out, execution)
+            self.egress = list(execution.egress.order_by("pk"))
         price = 0
         if outcome == AttemptOutcome.LOST and (why := self._asked_to_cancel()) is not None:
             state, columns = E.CANCELLED, {"error_code": "cancelled", "error_value": why}
@@ -398,6 +405,8 @@ def spec_of(sandbox: Sandbox) -> SandboxSpec:
         limits=Limits(memory_mib=sandbox.memory_mib, cpu_count=sandbox.cpu_count, disk_mib=template.disk_mib),
         env={**template.env, **sandbox.env},
         metadata={"sandgate_sandbox": sandbox.pk, "sandgate_agent": sandbox.agent_id},
+        network_allow=tuple(sandbox.network_allow),
+        agent=sandbox.agent.name,
     )
 
 

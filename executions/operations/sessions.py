@@ -12,7 +12,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, ledger, pool, quotas, routes
+from executions import backends, egress, ledger, pool, quotas, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendUnavailable,
@@ -75,7 +75,8 @@ def _admit(caller: Caller, request: SessionRequest, token: str | None) -> tuple[
     if token and (earlier := replay(agent, token, fingerprint)):
         return earlier, []
     template = find_template(agent, request.template)
-    route = routes.plan(caller, asked=request.route, language="python", template=template)
+    network = egress.allowed(agent, request.network)
+    route = routes.plan(caller, asked=request.route, language="python", template=template, network=network)
     sandbox = _intent(caller, request, route.aliases[0])
     if token:
         remember(agent, token, fingerprint, sandbox=sandbox)
@@ -94,6 +95,7 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
         idle_timeout_seconds=request.idle_timeout_seconds,
         env=request.env,
         metadata=request.metadata,
+        network_allow=egress.allowed(caller.agent, request.network),
     )
 
 

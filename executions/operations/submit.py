@@ -12,7 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from executions import pool, quotas, routes
+from executions import egress, pool, quotas, routes
 from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
@@ -60,19 +60,23 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     if request.session_id:
         if "memory_mib" in limits:
             raise Invalid("limits.memory_mib: a session has its memory already.", field="limits.memory_mib")
+        if request.network is not None:
+            raise Invalid("network: a session has its network already; say it when you open one.", field="network")
         quotas.take(caller, executions=1)
         sandbox = claim_session(caller, request.session_id)
         route = routes.plan(
-            caller, asked=[sandbox.backend], language=request.language, commands=is_command, run_limits=run_limits
-        )
+            caller, asked=[sandbox.backend], language=request.language, commands=is_command, run_limits=run_limits,
+            network=sandbox.network_allow,
+        )  # fmt: skip
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
         timeout = max(1, min(timeout, left))
         path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
     else:
         template = find_template(agent, request.template)
+        network = egress.allowed(agent, request.network)
         route = routes.plan(
             caller, asked=request.route, language=request.language, commands=is_command, template=template,
-            run_limits=run_limits,
+            run_limits=run_limits, network=network,
         )  # fmt: skip
         memory_mib = limits.get("memory_mib", template.memory_mib)
         if memory_mib > template.memory_mib:
@@ -80,7 +84,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
             raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
         sandbox = pool.intend(
             caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env,
-            memory_mib=memory_mib,
+            memory_mib=memory_mib, network_allow=network,
         )  # fmt: skip
         path = (E.QUEUED, E.STARTING)
     now = timezone.now()
@@ -139,7 +143,7 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
         assert old is not None
         sandbox = pool.intend(
             caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
-            memory_mib=old.memory_mib,
+            memory_mib=old.memory_mib, network_allow=old.network_allow,
         )  # fmt: skip
         Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
         attempt = Attempt.objects.create(

@@ -49,7 +49,7 @@ async def execute(
             run.cancel(execution.cancel_reason)
         raise
     if run.task.done() and not execution.is_open:
-        return execution_shape(execution, events=run.events, attempts=execution.tried)
+        return execution_shape(execution, events=run.events, attempts=execution.tried, egress=run.egress)
     return await rows(_shape, execution.pk)
 
 
