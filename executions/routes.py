@@ -33,7 +33,10 @@ def plan(
     run_limits: bool = False,
     network: Sequence[str] | None = None,
 ) -> Route:
-    """`network` are the rules of the sandbox, the agent's where left out. Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request."""
+    """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request.
+
+    `network` are the rules of the sandbox; left out, the agent's.
+    """
     agent = caller.agent
     assert agent is not None
     if language not in LANGUAGES:

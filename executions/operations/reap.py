@@ -159,10 +159,9 @@ async def reap(*, orphans: bool = True) -> int:
             return await retire(sandbox, reason)
 
     mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
+    await asyncio.gather(*(note_egress(sandbox) for sandbox in await rows(find_networked)))
     if orphans:
-        for sandbox in await rows(find_networked):
-        await note_egress(sandbox)
-    mended += await kill_orphans()
+        mended += await kill_orphans()
     return mended
 
 

@@ -14,8 +14,8 @@ from django.db import transaction
 from django.utils import timezone
 
 from executions import backends, egress, journal, ledger
-from executions.backends.base import Event as Said
 from executions.backends.base import EgressRecord, Handle, Limits, SandboxSpec
+from executions.backends.base import Event as Said
 from executions.errors import (
     BackendError,
     BackendUnavailable,
