@@ -106,7 +106,7 @@ class AgentPage(ConfigurationPage):
     fieldsets = [
         (None, {"fields": [("name", "team"), "description", "person"]}),
         ("Where its code runs", {"fields": ["route", "isolation_floor", "template"]}),
-        ("What it may do", {"fields": ["languages", "tools", "packages", ("timeout_seconds", "timeout_max_seconds")]}),
+        ("What it may do", {"fields": ["languages", "tools", "packages", "network_allow", ("timeout_seconds", "timeout_max_seconds")]}),
     ]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
@@ -144,6 +144,7 @@ class AgentPage(ConfigurationPage):
             "running_link": show.rows_of("execution", agent__id__exact=object_id, open="yes"),
             "refused_link": show.rows_of("refusal", agent__id__exact=object_id, since="hour"),
             "cost_link": f"{show.rows_of('usage')}costs/?agent={object_id}",
+            "denied_link": f"{show.rows_of('egress')}?verdict__exact=denied&sandbox__agent__id__exact={object_id}",
             "key_link": f"{show.rows_of('apikey')}add/?agent={object_id}",
         }
         return super().change_view(request, object_id, form_url, {**(extra_context or {}), "now": now})

@@ -108,6 +108,11 @@ class AgentForm(forms.ModelForm):
     languages = Choices(LANGUAGES, help_text="None ticked: every language there is.")
     tools = Names(help_text="MCP tools that it sees, with commas. Empty: all.")
     packages = Names(help_text="Packages that it may install, with commas. Empty: none. A single *: any.")
+    network_allow = Names(
+        label="Network",
+        help_text="Hosts that its code may reach, with commas, on ports 80 and 443 unless it says another: example.org, "
+        "*.example.org, example.org:8443, 10.1.2.0/24. Empty: no network. A single *: every public address.",
+    )
 
     class Meta:
         model = Agent

@@ -78,7 +78,7 @@ class SandboxPage(RecordPage):
     kill = levers.pulls(levers.KILL)
     fieldsets = [
         (None, {"fields": ["full_id", "badge", "kept", "name", "team", "agent", "who", "template"]}),
-        ("Machine", {"fields": ["backend", "isolation", "cpu_count", "memory_mib", "env_names", "machine"]}),
+        ("Machine", {"fields": ["backend", "isolation", "network", "cpu_count", "memory_mib", "env_names", "machine"]}),
         (
             "Time",
             {
@@ -102,6 +102,10 @@ class SandboxPage(RecordPage):
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return [name for _, part in self.fieldsets for name in part["fields"]]
+
+    @display(description="network")
+    def network(self, row: Sandbox) -> SafeString:
+        return show.chips(row.network_allow, "off")
 
     @display(description="sandbox", ordering="id")
     def label(self, row: Sandbox) -> Any:

@@ -52,6 +52,7 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("Events", "notes", "event"),
             ("Artifacts", "draft", "artifact"),
             ("Packages", "package_2", "package"),
+            ("Egress", "north_east", "egress"),
             ("Idempotency", "repeat_one", "idempotencyrecord"),
             ("Sign-in links", "login", "signinlink"),
         ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.utils import timezone
 
-from executions import journal
+from executions import egress, journal
 from executions.models import Event, Execution
 from executions.states import EventKind
 
@@ -35,6 +35,8 @@ def tell(execution: Execution) -> dict[str, Any]:
         "transitions": list(execution.transitions.order_by("pk")),
         "usage": list(execution.usage.order_by("pk")),
         "ledger": list(execution.ledger.select_related("quota__team", "quota__agent", "quota__key").order_by("pk")),
+        "network": egress.words(execution.sandbox.network_allow) if execution.sandbox else "",
+        "egress": list(execution.egress.order_by("pk")[:EVENTS]),
         "artifacts": list(execution.artifacts.defer("content")),
         "env_names": sorted(execution.env),
         "file_names": sorted(execution.files),

@@ -16,6 +16,7 @@ from django.shortcuts import render
 from django.utils import timezone
 
 from executions import backends, keys, quotas
+from executions.egress import words
 from executions.errors import Invalid, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
@@ -99,6 +100,7 @@ def page(request: MemberRequest, template: str, here: str, **context: Any) -> Ht
         "open_sessions": sessions,
         "spend": spend_today(caller),
         "backends": backends_now(),
+        "network_here": words(caller.agent.network_allow if caller.agent else []),
         "can_run": Scope.RUN in caller.scopes,
         "can_manage": Scope.MANAGE in caller.scopes,
         "public_url": settings.PUBLIC_URL,

@@ -18,6 +18,7 @@ from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
 from executions.costs import usd
+from executions.egress import words
 from executions.errors import NotFound
 from executions.keys import Caller
 from executions.models import Agent, Execution, Quota, Sandbox, Template, Usage
@@ -71,6 +72,7 @@ def session(request: MemberRequest, session_id: str) -> HttpResponse:
     packages = found.packages.filter(verdict="allowed", requested=True).order_by("name")
     context = {
         "session": found,
+        "network": words(found.network_allow),
         "session_here": found.id,
         "live": live,
         "data": data,
@@ -153,6 +155,8 @@ def run(request: MemberRequest, execution_id: str) -> HttpResponse:
         problem=problem,
         has_output=found.events.filter(kind__in=said).exists(),
         attempts=found.attempts.all(),
+        network=words(found.sandbox.network_allow) if found.sandbox else "",
+        egress=found.egress.order_by("pk")[:200],
         usage=found.usage.order_by("id"),
         timeline=timeline(found),
         copies=copies(found),

@@ -30,6 +30,7 @@ ENVD_VERSION = "0.5.7"  # what the agent implements; the SDKs switch off what ca
 STANDARD = ("code-interpreter-v1", "base")  # the templates that the SDKs name when their user names none
 NEVER_IDLE_SECONDS = 86_400  # E2B knows an absolute end only
 BOOT_SECONDS = 60
+EVERYTHING = "0.0.0.0/0"
 LISTED_LIMIT = 100
 STATES = {SandboxState.LEASED: "running", SandboxState.PAUSED: "paused"}
 NOT_HERE = {  # fields of a create that would change what the sandbox may do, with what is there instead
@@ -37,7 +38,7 @@ NOT_HERE = {  # fields of a create that would change what the sandbox may do, wi
     "mcp": "There is no MCP gateway in the sandboxes: Sandgate itself speaks MCP, at /mcp.",
     "iam": "Workload identities are not supported.",
     "volumeMounts": "Volumes are not supported.",
-}  # not allow_internet_access: older SDKs send True unless told otherwise. The details say that there is none
+}  # not allow_internet_access: older SDKs send True unless told otherwise. The details say whether there is any
 
 
 def answers(**views):
@@ -180,7 +181,7 @@ def detail(sandbox: Sandbox) -> dict[str, Any]:
     return listed(sandbox) | {
         "envdAccessToken": sandbox.handle["token"],
         "domain": settings.GATEWAY_DOMAIN or None,
-        "allowInternetAccess": False,
+        "allowInternetAccess": bool(sandbox.network_allow),
         "lifecycle": {"autoResume": False, "onTimeout": "kill"},
     }
 
@@ -234,11 +235,6 @@ def _asked(request: HttpRequest, default_seconds: int) -> tuple[Caller, SessionR
     for field, sentence in NOT_HERE.items():
         if body.get(field):
             raise Invalid(sentence, field=field)
-    network = {name for name, value in (body.get("network") or {}).items() if value and name != "denyOut"}
-    if network:
-        raise Invalid(
-            f"Sandboxes here have no network: {', '.join(sorted(network))} cannot be granted.", field="network"
-        )
     seconds = _seconds(body, default_seconds)
     request_ = {
         "template": _template(body.get("templateID")),
@@ -248,8 +244,24 @@ def _asked(request: HttpRequest, default_seconds: int) -> tuple[Caller, SessionR
         "idle_timeout_seconds": NEVER_IDLE_SECONDS,
         "env": body.get("envVars") or {},
         "metadata": body.get("metadata") or {},
+        "network": _network(body),
     }
     return caller, parse(SessionRequest, request_), seconds
+
+
+def _network(body: dict[str, Any]) -> list[str] | None:
+    """The hosts that are asked for, in our words; None is the agent's own. Raises Invalid for what we cannot hold to."""
+    asked = body.get("network") or {}
+    if not isinstance(asked, dict):
+        raise Invalid("network: an object.", field="network")
+    allow, deny = asked.get("allowOut") or [], asked.get("denyOut") or []
+    beyond = sorted(name for name, value in asked.items() if value and name not in ("allowOut", "denyOut"))
+    if beyond or not set(deny) <= {EVERYTHING}:
+        said = ", ".join(beyond) or "denyOut"
+        raise Invalid(f"network: {said} cannot be had; there are allowOut, and denyOut {EVERYTHING}.", field="network")
+    if allow:
+        return ["*" if host == EVERYTHING else host for host in allow]
+    return [] if deny or body.get("allow_internet_access") is False else None
 
 
 async def _booted(sandbox: Sandbox) -> Sandbox:

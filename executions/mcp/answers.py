@@ -91,6 +91,8 @@ def _failure(shape: ExecutionShape, caller: Caller) -> Iterator[str]:
         if traceback and traceback != f"{shape.error.name}: {shape.error.value}":
             yield traceback[-TRACEBACK_CHARS:]
         yield install_hint(shape.error, caller)
+        if not shape.error_code:
+            yield shape.detail
     if shape.error_code:
         yield f"{shape.error_code}: {shape.detail} {_remedies().get(shape.error_code, '')}".strip()
 

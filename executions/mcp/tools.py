@@ -146,11 +146,18 @@ def words(offer: dict[str, Any]) -> dict[str, Any]:
         packages = "Packages cannot be added for this agent."
     return {
         "languages": ", ".join(offer["languages"]) or "none at the moment",
-        "network": "There is no network inside." if offer["network"] == "off" else f"Network: {offer['network']}.",
+        "network": _network(offer["network_allow"]),
         "packages": packages,
         "timeout_max": offer["timeout_seconds"]["max"],
         "answer": f"{settings.MCP_ANSWER_SECONDS:.0f}",
     }
+
+
+def _network(allow: list[str]) -> str:
+    if not allow:
+        return "There is no network inside."
+    reached = "any public host" if allow == ["*"] else ", ".join(allow)
+    return f"HTTP and HTTPS reach {reached}, through the proxy that HTTPS_PROXY names, and nothing else."
 
 
 def input_schema(tool: Tool, offer: dict[str, Any]) -> dict[str, Any]:
