@@ -143,14 +143,17 @@ through['2 GiB'] = 'touched'
         "memory_bomb_in_children", ("cgroups", "rlimits"), limits={"memory_mib": 256}, judge=_memory_is_held, ends=ENDED,
         code=r"""
 alive = []
-for _ in range(10):
+for _ in range(16):
     if (pid := os.fork()) == 0:
-        held = bytearray(b'x' * (150 << 20))
-        time.sleep(1.5)
-        os._exit(0)
+        try:
+            held = bytearray(b'x') * (60 << 20)
+            time.sleep(1.5)
+            os._exit(0)
+        finally:
+            os._exit(1)
     alive.append(pid)
 statuses = [os.waitpid(pid, 0)[1] for pid in alive]
-attempt('1.5 GiB in ten processes', lambda: not any(statuses))
+attempt('1 GiB in 16 processes', lambda: not any(statuses))
 """,
     ),
     Attack(
@@ -176,7 +179,7 @@ for _ in range(4):
     if os.fork() == 0:
         total, held = 0, []
         try:
-            while len(held) < 450:
+            while len(held) < 450 and total < 100 << 20:
                 pair = socket.socketpair()
                 for end in pair:
                     end.setblocking(False)

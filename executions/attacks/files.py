@@ -18,7 +18,7 @@ READ_LIMIT = 64 << 20
 
 async def _read(arena: Arena, handle: Handle, path: str) -> bytes:
     """Through where it hangs; FileRefused, SandboxLost."""
-    read = b""
+    read = bytearray()
     try:
         async with asyncio.timeout(SECONDS):
             async for piece in arena.backend.read_file(handle, path):
@@ -27,7 +27,7 @@ async def _read(arena: Arena, handle: Handle, path: str) -> bytes:
                     raise Through(f"{path!r} never ends")
     except TimeoutError:
         raise Through(f"reading {path!r} hangs") from None
-    return read
+    return bytes(read)
 
 
 async def _in_time(what: str, work: Awaitable[Any]) -> Any:
@@ -266,7 +266,7 @@ if os.fork() == 0:
     os.setsid()
     until = time.monotonic() + 6
     with open('/home/user/growing', 'ab') as growing:
-        while time.monotonic() < until and growing.tell() < 200 << 20:
+        while time.monotonic() < until and growing.tell() < 200 << 20 and not time.sleep(0.0005):
             growing.write(b'x' * (1 << 16))
             os.truncate('/home/user/breathing', 0)
             os.truncate('/home/user/breathing', 4 << 20)

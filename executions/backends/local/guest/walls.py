@@ -34,6 +34,7 @@ MASKED = (
 )  # fmt: skip
 DATA_MIB = 2048  # of RLIMIT_DATA at least: node reserves that much and never touches most of it
 TERMINALS = 64  # the machine has 4096 for all
+AGENT_MIB = 256  # of data beyond the guest's limit, without control groups
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
 
 
@@ -132,6 +133,9 @@ def _limit(plan: dict) -> None:
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
+    if plan["limit_data"]:  # nobody else limits the agent, and guests choose what it reads
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, ((limits["memory_mib"] + AGENT_MIB) << 20, hard))
 
 
 def become_guest(plan: dict, rules: int | None, data_mib: int = DATA_MIB) -> None:

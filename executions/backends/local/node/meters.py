@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 
 TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)
@@ -18,12 +17,10 @@ class Measured:
     tasks: int = 0  # processes and their threads
     each: dict[int, int] = field(default_factory=dict)
 
-    def exact_bytes(self) -> tuple[int, int]:
-        """The proportional sum over all processes, and the pid of the largest guest (0: none)."""
-        exact = {pid: _proportional(pid, cheap) for pid, cheap in self.each.items()}
-        agent = next(iter(exact), 0)
-        guests = {pid: size for pid, size in exact.items() if pid != agent}
-        return sum(guests.values()), max(guests, key=guests.__getitem__, default=0)
+    def exact_bytes(self) -> dict[int, int]:
+        """The proportional size of each guest, largest first; the agent, which is the first process, is none."""
+        guests = {pid: _proportional(pid, cheap) for pid, cheap in list(self.each.items())[1:]}
+        return dict(sorted(guests.items(), key=lambda guest: -guest[1]))
 
 
 def _proportional(pid: int, otherwise: int) -> int:
@@ -45,8 +42,8 @@ def measure(pid: int) -> Measured:
         try:
             with open(f"/proc/{one}/stat") as file:
                 times = file.read().rpartition(")")[2].split()[11:15]
-            with open(f"/proc/{one}/statm") as file:
-                _, resident, shared, *_ = map(int, file.read().split())
+            with open(f"/proc/{one}/status") as file:
+                own = sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon:", "RssShmem:")))
             for task in os.listdir(f"/proc/{one}/task"):
                 total.tasks += 1
                 with open(f"/proc/{one}/task/{task}/children") as file:
@@ -54,6 +51,6 @@ def measure(pid: int) -> Measured:
         except (FileNotFoundError, ProcessLookupError):
             continue
         total.cpu_us += sum(map(int, times)) * TICK_US
-        total.each[one] = (resident - shared) * PAGE
+        total.each[one] = own * 1024  # with shared mappings, which no rlimit counts
         total.memory_bytes += total.each[one]
     return total

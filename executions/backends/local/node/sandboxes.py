@@ -175,30 +175,34 @@ class Sandbox:
         return measured
 
     def watch_memory(self) -> None:
-        """Without control groups: look closely when memory has grown, and kill the largest guest over the limit."""
+        """Without control groups: look closely when memory has grown, and kill the largest guests until the rest fits."""
         measured = self._measure()
         limit = self.limits["memory_mib"] << 20
         if measured.memory_bytes > min(self._looked_at_bytes + limit // 16, limit):
-            exact, largest = self._look(measured)
-            if exact > limit and largest:
+            guests = self._look(measured)
+            used = sum(guests.values())
+            for pid, size in guests.items():
+                if used <= limit:
+                    break
+                used -= size
                 self._memory_kills += 1
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(largest, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
 
-    def _look(self, measured: meters.Measured) -> tuple[int, int]:
-        exact, largest = measured.exact_bytes()
+    def _look(self, measured: meters.Measured) -> dict[int, int]:
+        guests = measured.exact_bytes()
         self._looked_at_bytes = measured.memory_bytes
-        self._note(exact)
-        return exact, largest
+        self._note(sum(guests.values()))
+        return guests
 
     async def end(self, block: Block | None) -> None:
         """Kill it, wait until the kernel says that all of it is gone, and remove its traces. May be repeated."""
+        self.alive = False  # from here on there is nothing to watch
         if self._expiry is not None:
             self._expiry.cancel()
         if self._process is not None:
             process, self._process = self._process, None
             await process.discard(block)
-        self.alive = False
         for port in PORTS:
             (self.folder / f"{port}.sock").unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):

@@ -22,6 +22,7 @@ import socket
 import stat
 import struct
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,10 @@ class Node:
             await asyncio.sleep(WATCHDOG_SECONDS)
             for sandbox in list(self.sandboxes.values()):
                 if sandbox.alive:
-                    sandbox.watch_memory()
+                    try:
+                        sandbox.watch_memory()
+                    except Exception:  # one that ends while it is looked at must not leave the others unwatched
+                        sys.stderr.write(traceback.format_exc())
 
     async def serve(self, ended: asyncio.Event) -> None:
         await self._clear()
