@@ -17,6 +17,7 @@ from executions.models import (
     Attempt,
     Attestation,
     AuditEvent,
+    Egress,
     Event,
     Execution,
     IdempotencyRecord,
@@ -37,7 +38,8 @@ from executions.models import (
 from executions.states import Scope, Unit, Window
 
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "event", "execution", "idempotencyrecord", "ledgerentry",
+    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "egress", "event", "execution",
+    "idempotencyrecord", "ledgerentry",
     "membership", "package", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template", "transition",
     "usage", "user",
 ]  # fmt: skip
@@ -143,6 +145,9 @@ def one_of_everything(template: Template) -> dict:
             ],
         ),
         "auditevent": AuditEvent.objects.create(team=team, actor=person, key=key, action="sign_in", subject=name),
+        "egress": Egress.objects.create(
+            sandbox=sandbox, execution=execution, number=1, host="<b>.example", port=443, verdict="denied", reason="<i>no"
+        ),
         "event": Event.objects.create(execution=execution, seq=1, kind="stdout", data={"text": "said"}),
         "execution": execution,
         "idempotencyrecord": IdempotencyRecord.objects.create(
