@@ -11,11 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from executions.errors import Invalid, TooLarge
 from executions.journal import OUTPUT_BYTES, RESULTS
+from executions.network import MOST_RULES
 
 NameValue = dict[
     Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
 ]
 Short = Annotated[str, Field(max_length=100)]
+Hosts = Annotated[
+    list[str] | None,
+    Field(description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.", max_length=MOST_RULES),
+]
 
 
 class Accepted(BaseModel):
@@ -61,11 +66,7 @@ class Submission(Accepted):
     limits: RunLimits = Field(
         RunLimits(), description="Reaching one is said by its name in error_code or limits_reached."
     )
-    network: list[str] | None = Field(
-        None,
-        description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.",
-        max_length=100,
-    )
+    network: Hosts = None
     cancel_on_disconnect: bool = Field(False, description="Stop the run when the waiting caller goes away.")
     user: str = Field("", description="Your own end user, for records and costs.", max_length=200)
     workflow: Short = ""
@@ -111,11 +112,7 @@ class SessionRequest(Accepted):
     timeout_seconds: int = Field(1800, ge=10, le=86_400, description="Its absolute end, from now.")
     idle_timeout_seconds: int = Field(600, ge=10, le=86_400, description="It ends when nothing has run for so long.")
     env: NameValue = {}
-    network: list[str] | None = Field(
-        None,
-        description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.",
-        max_length=100,
-    )
+    network: Hosts = None
     metadata: dict[str, str] = Field({}, max_length=32)
 
 

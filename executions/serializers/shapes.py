@@ -77,7 +77,9 @@ class ExecutionShape(BaseModel):
     limits_reached: list[str] = Field([], description="Named limits: of error_code, and of what was cut.")
     execution_count: int | None = None
     attempts: list[AttemptShape] = []
-    egress: list[EgressShape] = Field([], description="What went out, or was refused; seen from outside the sandbox.")
+    egress: list[EgressShape] = Field(
+        default=[], description="What went out, or was refused; seen from outside the sandbox."
+    )
     backend: str = ""
     isolation: str = ""
     sandbox_id: str | None = None
