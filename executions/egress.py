@@ -21,7 +21,13 @@ UNREACHED = {  # how programs say that they reached nobody
     "ConnectionRefusedError", "HTTPError", "MaxRetryError", "NameResolutionError", "NewConnectionError", "ProxyError", "URLError",
     "gaierror", "herror",
 }  # fmt: skip
-UNREACHED_WORDS = ("network is unreachable", "could not resolve", "name resolution", "fetch failed", "error sending request")
+UNREACHED_WORDS = (
+    "network is unreachable",
+    "could not resolve",
+    "name resolution",
+    "fetch failed",
+    "error sending request",
+)
 
 
 def allowed(agent: Agent, asked: list[str] | None) -> list[str]:

@@ -106,7 +106,10 @@ class AgentPage(ConfigurationPage):
     fieldsets = [
         (None, {"fields": [("name", "team"), "description", "person"]}),
         ("Where its code runs", {"fields": ["route", "isolation_floor", "template"]}),
-        ("What it may do", {"fields": ["languages", "tools", "packages", "network_allow", ("timeout_seconds", "timeout_max_seconds")]}),
+        (
+            "What it may do",
+            {"fields": ["languages", "tools", "packages", "network_allow", ("timeout_seconds", "timeout_max_seconds")]},
+        ),
     ]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:

@@ -149,7 +149,7 @@ class TemplateForm(forms.ModelForm):
     languages = Choices(LANGUAGES, help_text="What is ready in it.")
     env = Variables(help_text="One NAME=value a line, for every sandbox. Never secrets: they are stored as they are.")
     packages = Lines(help_text="One requirement a line, such as emoji>=2, beside the shipped ones; wheels only.")
-    files = forms.JSONField(
+    files = forms.JSONField(  # type: ignore[assignment]
         required=False,
         initial=dict,
         widget=UnfoldAdminTextareaWidget,

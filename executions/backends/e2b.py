@@ -247,6 +247,7 @@ class E2BBackend(Backend):
         context_id: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,  # E2B keeps no such limit: routes leave it out where one is asked for
     ) -> AsyncIterator[Event]:
         """Reads E2B's own stream, through the SDK's connection: in order, nothing held back. Closing it interrupts the code."""
         import httpx
@@ -305,6 +306,7 @@ class E2BBackend(Backend):
         cwd: str | None = None,
         env: dict[str, str] | None = None,
         timeout_seconds: float = 60,
+        cpu_seconds: float = 0,  # E2B keeps no such limit: routes leave it out where one is asked for
     ) -> AsyncIterator[Event]:
         sdk, sandbox, ends = (
             await _loaded(),

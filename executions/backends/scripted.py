@@ -97,14 +97,16 @@ class ScriptedBackend(Backend):
     async def connect(self, handle: Handle) -> None:
         self._machine(handle)
 
-    async def run_code(self, handle, code, *, language="python", context_id=None, env=None, timeout_seconds=60):
+    async def run_code(
+        self, handle, code, *, language="python", context_id=None, env=None, timeout_seconds=60, cpu_seconds=0
+    ):
         machine = self._machine(handle)
         machine.runs += 1
         yield Event("count", {"execution_count": machine.runs})
         async for event in self._say(handle, code, timeout_seconds):
             yield event
 
-    async def run_command(self, handle, command, *, cwd=None, env=None, timeout_seconds=60):
+    async def run_command(self, handle, command, *, cwd=None, env=None, timeout_seconds=60, cpu_seconds=0):
         code = 0
         async for event in self._say(handle, command, timeout_seconds):
             if event.kind == "error":

@@ -58,7 +58,9 @@ def to_e2b(mime: dict[str, Any]) -> dict[str, Any]:
 
 def to_mime(fields: dict[str, Any]) -> dict[str, Any]:
     """The MIME bundle from the fields of an E2B result; nulls, and what is nested too deeply, are left out."""
-    bundle = {mime: fields[field] for field, mime in MIME.items() if fields.get(field) is not None and flat(fields[field])}
+    bundle = {
+        mime: fields[field] for field, mime in MIME.items() if fields.get(field) is not None and flat(fields[field])
+    }
     extra = fields.get("extra")
     if isinstance(extra, dict):
         bundle.update({kind: value for kind, value in extra.items() if kind not in bundle and flat(value)})

@@ -96,7 +96,8 @@ def move(row: models.Model, before: str, fields: dict[str, Any]) -> bool:
 
 
 def _update(row: models.Model, fields: dict[str, Any], where: dict[str, Any]) -> int:
-    meta, quote = row._meta, connection.ops.quote_name
+    meta: Any = row._meta
+    quote = connection.ops.quote_name
     columns, values = [], []
     for name, value in fields.items():
         field = meta.get_field(name)

@@ -62,9 +62,9 @@ def secrets_of_the_service() -> tuple[str, ...]:
 
 def last_attestations() -> dict[str, dict[str, Any]]:
     """Of each backend that was ever attested: when, and how many attacks were blocked, open and skipped."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for alias in backends.aliases():
         rows_of = Attestation.objects.filter(backend=alias).order_by("-at")
         if last := rows_of.values("at", "blocked", "open", "skipped").first():
-            found[alias] = last
+            found[alias] = dict(last)
     return found

@@ -19,7 +19,10 @@ NameValue = dict[
 Short = Annotated[str, Field(max_length=100)]
 Hosts = Annotated[
     list[str] | None,
-    Field(description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.", max_length=MOST_RULES),
+    Field(
+        description="Fewer hosts than the agent may reach; [] is no network. Left out: the agent's.",
+        max_length=MOST_RULES,
+    ),
 ]
 
 

@@ -146,7 +146,13 @@ def one_of_everything(template: Template) -> dict:
         ),
         "auditevent": AuditEvent.objects.create(team=team, actor=person, key=key, action="sign_in", subject=name),
         "egress": Egress.objects.create(
-            sandbox=sandbox, execution=execution, number=1, host="<b>.example", port=443, verdict="denied", reason="<i>no"
+            sandbox=sandbox,
+            execution=execution,
+            number=1,
+            host="<b>.example",
+            port=443,
+            verdict="denied",
+            reason="<i>no",
         ),
         "event": Event.objects.create(execution=execution, seq=1, kind="stdout", data={"text": "said"}),
         "execution": execution,

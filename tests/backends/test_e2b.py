@@ -23,7 +23,12 @@ from tests.product import Product
 def on_gateway(product: Product) -> E2BBackend:
     """An alias whose E2B is the product that runs: the one double there is."""
     url = f"{product.url}/e2b"
-    options = {"API_KEY": product.key, "API_URL": url, "SANDBOX_URL": url, "LANGUAGES": ["python", "bash", "javascript", "typescript"]}
+    options = {
+        "API_KEY": product.key,
+        "API_URL": url,
+        "SANDBOX_URL": url,
+        "LANGUAGES": ["python", "bash", "javascript", "typescript"],
+    }
     return E2BBackend("double", {**options, "ISOLATION": "namespaces"})
 
 

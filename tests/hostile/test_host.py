@@ -70,7 +70,7 @@ async def test_no_file_of_the_host_is_touched(node, tmp_path):
     assert {path: path.read_text() for path in kernel} == kernel
     assert set(node.run_dir.iterdir()) == of_the_node
     assert list((node.run_dir / "sandboxes").iterdir()) == []
-    assert not any(Path(top, "owned").exists() for top in ("/", "/tmp", "/etc", "/home", "/root", "/dev/shm"))
+    assert not any(os.path.exists(f"{top}/owned") for top in ("", "/tmp", "/etc", "/home", "/root", "/dev/shm"))
 
 
 @pytest.mark.parametrize(

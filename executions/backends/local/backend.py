@@ -421,8 +421,8 @@ async def _error(line: dict[str, Any], meter: Meter) -> Event:
         seen = await meter.why()
         if died and seen["memory_kills"]:
             return limits.killed(seen)
-        if limits.confirmed(limit, error["value"], seen):
-            error["reason"] = limit
+        if limit is not None and limits.confirmed(limit, error["value"], seen):
+            error["reason"] = limit.value
     return Event("error", error)
 
 

@@ -110,7 +110,9 @@ def program(machine: str = linux.MACHINE) -> bytes:
     parts.append(_when(call["ioprio_set"], _argument(0), *ioprio_process, _argument(1), *on_self, allow))
     core = _instruction(EQUAL, RLIMIT_CORE, 0, 1)
     parts.append(_when(call["setrlimit"], _argument(0), core, _refuse(), allow))
-    asking = _instruction(EQUAL, 0, 0, 3) + _load(2, high=True) + _instruction(EQUAL, 0, 0, 1)  # no new limit: both halves are 0
+    asking = (
+        _instruction(EQUAL, 0, 0, 3) + _load(2, high=True) + _instruction(EQUAL, 0, 0, 1)
+    )  # no new limit: both halves are 0
     only_asking = _load(2) + asking + allow + _refuse()
     parts.append(
         _when(

@@ -98,7 +98,11 @@ def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
     shm = min(64, max(1, limits["memory_mib"] // 4))
     linux.mount("sandbox", "/dev/shm", "tmpfs", flags, f"size={shm}m,nr_inodes=4096,mode=1777,{own}")
     linux.mount(
-        "devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, f"newinstance,ptmxmode=0666,mode=0620,max={TERMINALS}"
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        linux.MS_NOSUID | linux.MS_NOEXEC,
+        f"newinstance,ptmxmode=0666,mode=0620,max={TERMINALS}",
     )
     linux.mount("sandbox", "/run", "tmpfs", flags | linux.MS_RDONLY, "size=4k,mode=755")  # over the zygote's
     for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
@@ -122,7 +126,10 @@ def _close_all_but(keep: set[int]) -> None:
 def _limit(plan: dict) -> None:
     limits = plan["limits"]
     for limit, value in (
-        (resource.RLIMIT_CORE, 1),  # not 0, which a handler in core_pattern ignores; 1 means none at all (fs/coredump.c)
+        (
+            resource.RLIMIT_CORE,
+            1,
+        ),  # not 0, which a handler in core_pattern ignores; 1 means none at all (fs/coredump.c)
         (resource.RLIMIT_NOFILE, 4096),
         (resource.RLIMIT_FSIZE, limits["disk_mib"] << 20),
         (resource.RLIMIT_NPROC, limits["processes"] + RESERVED_PROCESSES),

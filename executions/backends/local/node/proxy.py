@@ -223,7 +223,7 @@ class Gate:
 
     async def _both_ways(self, out: Any, back: Any, record: Record, clock: asyncio.Timeout) -> None:
         """Carry until both directions have ended, or one has broken."""
-        ways = [asyncio.ensure_future(self._carry(*way, record, clock)) for way in (out, back)]
+        ways = [asyncio.ensure_future(self._carry(*way, record, clock)) for way in (out, back)]  # type: ignore[call-arg]
         try:
             done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             if ways[1] not in done or out[3] is None:  # a plain answer that is complete ends the exchange

@@ -71,9 +71,9 @@ def build(at: str, shown: list[str]) -> None:
         (root / "dev" / name).symlink_to(target)
     ours = [path for path in HERE.glob("guest/**/*") if path.is_file() and path.parent.name != "__pycache__"]
     for source in (*ours, HERE.parent / "wire.py"):  # copied: a mount would tell where we are installed
-        target = root / OURS[1:] / source.relative_to(HERE if source.is_relative_to(HERE) else HERE.parent)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+        copy = root / OURS[1:] / source.relative_to(HERE if source.is_relative_to(HERE) else HERE.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
     for path, descriptor in opened.items():
         _show(f"/proc/self/fd/{descriptor}", root / path[1:])
         os.close(descriptor)
