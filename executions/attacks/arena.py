@@ -14,7 +14,7 @@ from typing import Any
 
 from executions.attacks.kit import KIT, NEIGHBOUR, NEIGHBOUR_ASKED
 from executions.backends.base import Backend, Handle, Limits, SandboxSpec
-from executions.errors import BackendError, RunTimedOut, SandboxLost, Unsupported
+from executions.errors import BackendError, BackendUnavailable, RunTimedOut, SandboxLost, Unsupported
 
 PATIENCE_SECONDS = 12  # beyond an attack's own limit, for the backend to stop it
 KILL_SECONDS = 10
@@ -106,8 +106,13 @@ class Arena:
         """BackendError where no sandbox can be had."""
         check = await self.backend.check()
         self.walls, self.isolation = check.walls, check.isolation or self.backend.isolation
-        self.neighbour = await self.create()
-        await self._must(self.neighbour, NEIGHBOUR)
+        if self.backend.capabilities.executes:
+            self.neighbour = await self.create()
+            try:
+                await self._must(self.neighbour, NEIGHBOUR)
+            except Through as problem:
+                await self.__aexit__()
+                raise BackendUnavailable(f"The neighbour could not settle in: {problem}") from None
         return self
 
     async def __aexit__(self, *_: Any) -> None:
