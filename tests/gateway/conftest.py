@@ -31,11 +31,13 @@ Quota.objects.create(team=broke[0], unit="nano_usd", window="day", limit=1)
 still = tenant("Still")
 Quota.objects.create(team=still[0], unit="executions", window="day", limit=0)
 cloud = tenant("Cloud", isolation_floor="none")
+online = tenant("Online", network_allow=["a.example", "127.0.0.2:9"])
 made = {
     "eve": keys.make_key(team=eve[0], agent=eve[1], name="eve")[1],
     "poor": keys.make_key(team=poor[0], agent=poor[1], name="poor")[1],
     "broke": keys.make_key(team=broke[0], agent=broke[1], name="broke")[1],
     "still": keys.make_key(team=still[0], agent=still[1], name="still")[1],
+    "online": keys.make_key(team=online[0], agent=online[1], name="online")[1],
     "of_a_team": keys.make_key(team=cloud[0], name="of a team")[1],
     "scripted": keys.make_key(team=cloud[0], agent=cloud[1], name="test key", backend="scripted")[1],
     "reader": keys.make_key(team=cloud[0], agent=cloud[1], name="reader", scopes=["read"])[1],
@@ -47,7 +49,7 @@ print(json.dumps(made))
 @pytest.fixture(scope="session")
 def tenants(product: Product) -> dict[str, str]:
     """Keys of others, by name: eve, of another team; poor, broke and still, to whom no sandbox, no money and no run is
-    left; of_a_team, which names no agent; scripted; reader."""
+    left; online, who may reach something; of_a_team, which names no agent; scripted; reader."""
     env = environment(product.data, 1, None)
     command = [sys.executable, "-W", "ignore", "manage.py", "shell", "--no-imports", "-c", TENANTS]
     said = subprocess.run(command, cwd=HOME, env=env, capture_output=True, text=True, check=True, timeout=60)

@@ -201,7 +201,7 @@ def test_a_route_without_a_reachable_backend_is_refused_in_words(raw, tenants):
     ("asked", "status", "word"),
     [
         ({"templateID": "nothing-like-it"}, 404, "nothing-like-it"),
-        ({"templateID": "base", "network": {"allowOut": ["1.1.1.1"]}}, 400, "allowOut"),
+        ({"templateID": "base", "network": {"allowOut": ["1.1.1.1"]}}, 403, "its network is off"),
         ({"templateID": "base", "autoPause": True}, 400, "paused"),
         ({"templateID": "base", "timeout": 0}, 400, "timeout"),
         ({"templateID": "base", "timeout": 90_000}, 400, "Timeout cannot be greater than 24 hours"),
