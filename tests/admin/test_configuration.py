@@ -47,6 +47,17 @@ def test_an_agents_lists_are_typed_with_commas_and_stored_as_lists(office, agent
     assert agent.languages == ["python"]
 
 
+def test_network_rules_are_stored_in_their_one_form(office, agent):
+    typed = "PyPI.org., *.Example.org:8443 bücher.example"
+
+    answer = save(office, agent, {**AGENT, **NO_ROWS, "network_allow": typed})
+
+    assert answer.status_code == 302
+    agent.refresh_from_db()
+    assert agent.network_allow == ["pypi.org", "*.example.org:8443", "xn--bcher-kva.example"]
+    assert "pypi.org, *.example.org:8443" in office.get(answer["Location"] + f"{agent.pk}/change/").content.decode()
+
+
 @pytest.mark.parametrize(
     ("field", "typed"),
     [
@@ -54,6 +65,12 @@ def test_an_agents_lists_are_typed_with_commas_and_stored_as_lists(office, agent
         ("languages", ["cobol"]),
         ("packages", "git+https://example.org/x"),
         ("packages", "emoji>=2"),
+        ("network_allow", "https://example.org"),
+        ("network_allow", "user@example.org"),
+        ("network_allow", "example.org:0"),
+        ("network_allow", "10.1.2.3/24"),
+        ("network_allow", "0.0.0.0/0"),
+        ("network_allow", "0x7f.1"),
         ("tools", "Run-Code"),
         ("timeout_max_seconds", "5"),
     ],

@@ -9,7 +9,7 @@ from django.conf import settings as live
 from django.test import Client
 
 from executions import keys
-from executions.models import ApiKey, AuditEvent, Event, Execution, Sandbox, Template
+from executions.models import ApiKey, AuditEvent, Egress, Event, Execution, Sandbox, Template
 from executions.states import ExecutionState, SandboxState
 
 pytestmark = pytest.mark.django_db
@@ -78,6 +78,28 @@ def test_the_team_sees_its_own(ada, bob, session, run):
     for person in (ada, bob):
         for address in ["/", "/runs", "/usage", "/keys", f"/sessions/{session.pk}", f"/runs/{run.pk}"]:
             assert as_(person).get(address).status_code == 200, address
+
+
+def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
+    Sandbox.objects.filter(pk=run.sandbox_id).update(network_allow=["pypi.org"])
+    Egress.objects.create(
+        sandbox_id=run.sandbox_id, execution=run, number=1, host="pypi.org", port=443, address="192.0.2.1", verdict="allowed",
+        bytes_out=10, bytes_in=2048,
+    )
+    Egress.objects.create(
+        sandbox_id=run.sandbox_id, execution=run, number=2, host="<b>evil", port=443, verdict="denied", times=3, reason="no rule"
+    )  # fmt: skip
+
+    page = as_(ada).get(f"/runs/{run.pk}").content.decode()
+
+    assert "Network <span class=\"muted\">pypi.org</span>" in page
+    assert "pypi.org:443</code> 10 B out, 2.0 KB in" in page.replace("\xa0", " ")
+    assert "&lt;b&gt;evil:443</code> 3 times: no rule" in page
+
+
+def test_pages_say_that_the_network_is_off(ada, session, run):
+    for address in ("/", f"/sessions/{session.pk}"):
+        assert "network off" in " ".join(as_(ada).get(address).content.decode().split())
 
 
 def test_another_teams_pages_do_not_exist(eve, session, run):
