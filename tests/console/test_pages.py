@@ -85,7 +85,7 @@ def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
     Egress.objects.create(
         sandbox_id=run.sandbox_id, execution=run, number=1, host="pypi.org", port=443, address="192.0.2.1", verdict="allowed",
         bytes_out=10, bytes_in=2048,
-    )
+    )  # fmt: skip
     Egress.objects.create(
         sandbox_id=run.sandbox_id, execution=run, number=2, host="<b>evil", port=443, verdict="denied", times=3, reason="no rule"
     )  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
     page = as_(ada).get(f"/runs/{run.pk}").content.decode()
 
     assert "Network <span class=\"muted\">pypi.org</span>" in page
-    assert "pypi.org:443</code> 10 B out, 2.0 KB in" in page.replace("\xa0", " ")
+    assert "pypi.org:443</code> 10 B out, 2.0 kB in" in page
     assert "&lt;b&gt;evil:443</code> 3 times: no rule" in page
 
 
