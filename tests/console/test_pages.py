@@ -92,7 +92,7 @@ def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
 
     page = as_(ada).get(f"/runs/{run.pk}").content.decode()
 
-    assert "Network <span class=\"muted\">pypi.org</span>" in page
+    assert 'Network <span class="muted">pypi.org</span>' in page
     assert "pypi.org:443</code> 10 B out, 2.0 kB in" in page
     assert "&lt;b&gt;evil:443</code> 3 times: no rule" in page
 
