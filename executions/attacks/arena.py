@@ -267,6 +267,8 @@ class Arena:
     def _needs(self, attack: Attack) -> None:
         if not self.backend.capabilities.executes:
             raise Skipped("This backend runs no code.")
+        if attack.limits and not self.backend.capabilities.limits:
+            raise Skipped("A sandbox has the size of its template here.")
         if self.isolation == "microvm" and not attack.own_kernel:
             raise Skipped("Each sandbox has a kernel of its own.")
 

@@ -21,6 +21,7 @@ class Capabilities:
     """What a backend can do; everything defaults to no."""
 
     languages: frozenset[str] = frozenset({"python"})
+    limits: bool = False  # create() makes a sandbox of the size that its spec says, not of its template's
     executes: bool = False  # code really runs; a simulated backend says what comments in the code tell it
     commands: bool = False
     files: bool = False

@@ -51,6 +51,7 @@ STOP_SECONDS = 5  # for the agent to stop a run; after that the sandbox is ended
 TYPES = {"FILE_TYPE_DIRECTORY": "directory", "FILE_TYPE_SYMLINK": "symlink"}
 LANGUAGES = frozenset({"python", "bash", "javascript", "typescript"})  # of the default template, on any machine
 CAPABILITIES = Capabilities(
+    limits=True,
     executes=True,
     commands=True,
     files=True,
