@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 from e2b import SandboxException
 from e2b_code_interpreter import Sandbox
 
+from executions.backends.base import SandboxSpec
+from executions.backends.e2b import E2BBackend
 from tests.gateway.conftest import options
 
 CONNECT = """
@@ -78,3 +82,19 @@ def test_what_is_more_or_other_is_refused_by_name(online, asked, status, said):
 
     assert str(refused.value).startswith(str(status))
     assert said in str(refused.value)
+
+
+async def test_the_backend_for_e2b_hands_the_rules_on(product, tenants):
+    url = f"{product.url}/e2b"
+    backend = E2BBackend("double", {"API_KEY": tenants["online"], "API_URL": url, "SANDBOX_URL": url})
+    name = "n" + secrets.token_hex(8)
+    handle = await backend.create(SandboxSpec(name, "base", timeout_seconds=60, network_allow=("a.example",)))
+    try:
+        code = f"{CONNECT}\nprint(connect('127.0.0.2:9'))"
+        said = [event.data["text"] async for event in backend.run_code(handle, code) if event.kind == "stdout"]
+    finally:
+        await backend.kill(handle)
+
+    assert "".join(said).strip() == (
+        "HTTP/1.1 403 Sandgate: agent agent may not reach 127.0.0.2:9; allowed are: a.example"
+    )
