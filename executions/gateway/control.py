@@ -317,7 +317,8 @@ async def kill(request: HttpRequest, sandbox_id: str) -> HttpResponse:
 
 async def unsupported(request: HttpRequest, **_: Any) -> HttpResponse:
     error = SandgateError(
-        "Pausing, forks, snapshots, metrics and another network for a living sandbox are not there.", remedy="See docs/e2b.md."
+        "Pausing, forks, snapshots, metrics and another network for a living sandbox are not there.",
+        remedy="See docs/e2b.md.",
     )
     error.code, error.status = "unsupported", 501
     raise error
