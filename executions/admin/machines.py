@@ -247,7 +247,14 @@ class AttestationPage(RecordPage):
     def scorecard(self, row: Attestation) -> SafeString:
         cases = sorted(row.cases, key=lambda case: ("open", "skipped", "blocked").index(case["verdict"]))
         told = [
-            (show.badge(c["verdict"]), c["group"], c["case"], c["wall"], c["seen"], show.seconds(c["seconds"]))
+            (
+                show.badge("hole" if c["verdict"] == "open" else c["verdict"]),
+                c["group"],
+                c["case"],
+                c["wall"],
+                c["seen"],
+                show.seconds(c["seconds"]),
+            )
             for c in cases
         ]
         return show.table(("verdict", "group", "case", "wall", "seen", "took"), told)

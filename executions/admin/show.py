@@ -56,6 +56,7 @@ LOOKS = {
     "blocked": "succeeded",
     "whole": "succeeded",
     "holes": "failed",
+    "hole": "failed",
 }
 
 
