@@ -128,6 +128,7 @@ async def _build(wanted: list[str], build: int) -> None:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
 
 
 async def stop_building() -> None:
