@@ -162,9 +162,12 @@ if E2B_API_KEY:
             "SANDBOX_URL": env.str("E2B_SANDBOX_URL", default=""),
         },
     }
+ISOLATION_FLOOR = env.str("SANDGATE_ISOLATION_FLOOR", default="namespaces")
+if ISOLATION_FLOOR not in ("none", "reduced", "namespaces", "microvm"):
+    MISTAKES.append(f"SANDGATE_ISOLATION_FLOOR: {ISOLATION_FLOOR!r} is none of none, reduced, namespaces, microvm.")
 SANDBOXES["local"] = {
     "BACKEND": "executions.backends.local.LocalBackend",
-    "OPTIONS": {"RUN_DIR": str(DATA / "node")},
+    "OPTIONS": {"RUN_DIR": str(DATA / "node"), "FLOOR": ISOLATION_FLOOR},
 }
 if env.bool("SANDGATE_SCRIPTED", default=False):
     SANDBOXES["scripted"] = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}

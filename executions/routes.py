@@ -52,7 +52,7 @@ def plan(
     rules = agent.network_allow if network is None else network
     route = Route([])
     for alias in wanted:
-        why = _unfit(alias, language, commands, agent.isolation_floor, template, run_limits)
+        why = _unfit(alias, language, commands, agent.isolation_floor or settings.ISOLATION_FLOOR, template, run_limits)
         why = why or backends.get(alias).network_refusal(rules)
         if why:
             route.skipped.append((alias, why))

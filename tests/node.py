@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,16 +28,26 @@ class RunningNode:
 
 
 @contextmanager
-def running_node(python: Path, *, ready: bool = True, forks_limit: int = 0, **popen) -> Iterator[RunningNode]:
+def running_node(
+    python: Path,
+    *,
+    ready: bool = True,
+    forks_limit: int = 0,
+    floor: str = "namespaces",
+    interpreter: str = sys.executable,
+    **popen,
+) -> Iterator[RunningNode]:
     """A node with one template, `default`. RuntimeError when it does not become ready within a minute."""
     with tempfile.TemporaryDirectory(prefix="sandgate-node-") as folder:
         run_dir = Path(folder) / "run"
         os.chmod(folder, 0o755)
         popen.setdefault("preexec_fn", servers.die_with_parent)
-        command = local.command(run_dir, {"default": str(python)})
+        if "user" in popen:
+            os.chown(folder, popen["user"], popen["group"])
+        command = [interpreter, *local.command(run_dir, {"default": str(python)})[1:]]
         command += ["--forks-limit", str(forks_limit)] if forks_limit else []
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **popen)
-        backend = local.LocalBackend("local", {"RUN_DIR": str(run_dir)})
+        backend = local.LocalBackend("local", {"RUN_DIR": str(run_dir), "FLOOR": floor})
         try:
             if ready:
                 wait_ready(process, run_dir)

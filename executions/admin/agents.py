@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.conf import settings
 from django.contrib import admin
 from django.db.models import Count, OuterRef, Q, QuerySet, Subquery, Sum
 from django.db.models.functions import Coalesce
@@ -166,7 +167,7 @@ class AgentPage(ConfigurationPage):
 
     @display(description="floor", ordering="isolation_floor")
     def floor(self, row: Agent) -> str:
-        return row.isolation_floor
+        return row.isolation_floor or f"{settings.ISOLATION_FLOOR} (all)"
 
     @display(description="template", ordering="template__name")
     def made_from(self, row: Agent) -> str:

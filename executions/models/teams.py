@@ -66,9 +66,10 @@ class Agent(models.Model):
     )
     isolation_floor = models.CharField(
         max_length=12,
-        default="namespaces",
+        default="",
+        blank=True,
         choices=[("none", "none"), ("reduced", "reduced"), ("namespaces", "namespaces"), ("microvm", "microvm")],
-        help_text="Code of this agent never runs behind weaker walls than these.",
+        help_text="Code of this agent never runs behind weaker walls than these. Empty: the installation's floor.",
     )
     template = models.ForeignKey(
         "Template", models.PROTECT, null=True, blank=True, help_text="What its sandboxes are made from."

@@ -44,6 +44,7 @@ from executions.errors import (
     SandboxLost,
     Unsupported,
 )
+from executions.states import ISOLATION
 
 ENVD, INTERPRETER = 49983, 49999
 LOST = "The code could not be interrupted; its context was ended and its variables are lost."
@@ -68,9 +69,26 @@ CAPABILITIES = Capabilities(
 
 
 class LocalBackend(Backend):
-    """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; TEMPLATES, {name: python}."""
+    """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; FLOOR, the least isolation."""
 
-    isolation = "namespaces"
+    @property
+    def isolation(self) -> str:  # type: ignore[override]
+        """What the node has found that this machine allows; until one has run here, what is to be expected."""
+        try:
+            return Path(self.run_dir, "isolation").read_text().strip() or "namespaces"
+        except OSError:
+            return "namespaces"
+
+    @property
+    def refusal(self) -> str:
+        floor = self.options.get("FLOOR", "namespaces")
+        if ISOLATION.index(self.isolation) >= ISOLATION.index(floor):
+            return ""
+        return (
+            f"this machine gives local sandboxes the isolation {self.isolation!r}, which is below the floor of this "
+            f"installation ({floor}); manage.py doctor says how to raise the one, SANDGATE_ISOLATION_FLOOR={self.isolation} "
+            "lowers the other"
+        )
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -96,11 +114,13 @@ class LocalBackend(Backend):
     # life
 
     async def create(self, spec: SandboxSpec) -> Handle:
+        if self.refusal:
+            raise BackendUnavailable(self.refusal[0].upper() + self.refusal[1:] + ".")
         limits = {name: getattr(spec.limits, name) for name in Limits.__dataclass_fields__}
         made = await self._node(
             "create", sandbox_id=spec.sandbox_id, template=spec.template, timeout_seconds=spec.timeout_seconds, limits=limits,
             env=spec.env, metadata=spec.metadata, network_allow=list(spec.network_allow),
-            agent=spec.agent,
+            agent=spec.agent, floor=self.options.get("FLOOR", "namespaces"),
         )  # fmt: skip
         return _handle(made)
 
@@ -131,6 +151,8 @@ class LocalBackend(Backend):
         said = [f"{name}: {t['state']}" + (f" ({t['detail']})" if t["detail"] else "") for name, t in templates.items()]
         ready = bool(templates) and all(t["state"] == "ready" for t in templates.values())
         states = {name: TemplateState(t["state"], t["detail"], t.get("digest", "")) for name, t in templates.items()}
+        if self.refusal:
+            ready, said = False, [self.refusal]
         return Check(
             ok=ready, detail="; ".join(said) or "no templates", isolation=self.isolation, walls=found["walls"],
             templates=states,

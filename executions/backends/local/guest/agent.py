@@ -10,35 +10,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import beginning, envd, http, interpreter, javascript_context, landlock, languages, python_context
+from . import beginning, envd, http, interpreter, javascript_context, landlock, languages, places, python_context
 from .contexts import Context
 from .nursery import Nursling
 from .processes import Reaper
-
-HOME = "/home/user"
 
 
 class Agent:
     """What the two servers share: the plan, the contexts, the commands."""
 
-    def __init__(self, plan: dict[str, Any], nursling: Nursling) -> None:
+    def __init__(self, plan: dict[str, Any], nursling: Nursling | None) -> None:
         self.plan = plan
-        self.nursling: Nursling | None = nursling  # the first Python context
-        self.rules = landlock.ruleset()
+        self.nursling = nursling  # the first Python context
+        self.rules = None if plan.get("reduced") else landlock.ruleset()
         self.contexts: dict[str, Context] = {}
         self.defaults: dict[str, str] = {}  # language: id of its default context
         self.running: set[str] = set()  # contexts with somebody listening
         self.reaper = Reaper()
 
-    def environment(self, cwd: str = HOME) -> dict[str, str]:
+    def environment(self, cwd: str = "") -> dict[str, str]:
         """What guests find in their environment: nothing of the launcher's, then what the sandbox was created with."""
         ours = os.path.dirname(sys.executable), javascript_context.folder()
         return {
             "PATH": ":".join(filter(None, (*ours, "/usr/local/bin:/usr/bin:/bin"))),
-            "HOME": HOME, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd,
-            "PYTHONPATH": "/opt/sandgate/guest/site", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+            "HOME": places.home, "USER": "user", "LOGNAME": "user", "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PWD": cwd or places.home,
+            "PYTHONPATH": f"{places.ours}/guest/site", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
             "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.plan["sandbox_id"], "E2B_TEMPLATE_ID": self.plan["template"],
-            **_way_out(self.plan["proxy_port"]), **self.plan["env"],
+            **({"TMPDIR": places.tmp} if places.reduced else {}), **_way_out(self.plan["proxy_port"]), **self.plan["env"],
         }  # fmt: skip
 
 
@@ -51,23 +49,23 @@ def _way_out(port: int) -> dict[str, str]:
     return lower | {name.upper(): value for name, value in lower.items()} | {"NODE_USE_ENV_PROXY": "1"}
 
 
-def main(plan: dict[str, Any], node: socket.socket, nursling: Nursling, *listeners: int) -> None:
+def main(plan: dict[str, Any], node: socket.socket, nursling: Nursling | None, *listeners: int) -> None:
     """Serve until killed. The walls stand already."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(_serve(plan, node, nursling, *listeners))
 
 
-async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling, *listeners: int) -> None:
+async def _serve(plan: dict[str, Any], node: socket.socket, nursling: Nursling | None, *listeners: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # pid 1 has no default for them, but Python had one for SIGINT
     agent = Agent(plan, nursling)
-    os.mkdir(python_context.PACKAGES)  # before a Python looks: it would remember that there is none
+    os.mkdir(places.packages())  # before a Python looks: it would remember that there is none
     interpreter.default_context(agent, "python").start()
     if "javascript" not in languages.absent:
         interpreter.default_context(agent, "javascript")  # is listed from the beginning, and starts with its first cell
     if fonts := python_context.font_list:
-        cache = Path(HOME, ".cache/matplotlib")
+        cache = Path(places.home, ".cache/matplotlib")
         cache.mkdir(parents=True)
         (cache / fonts[0]).write_bytes(fonts[1])
     ports = [socket.socket(fileno=listener) for listener in listeners]

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .files import HOME, resolved
+from . import places
+from .files import resolved
 from .http import Refused
 from .processes import descendants, fork_guest, kill
 
@@ -30,15 +31,17 @@ async def begin(agent: Any) -> None:
 
 async def _run(agent: Any, command: str) -> None:
     environment = agent.environment()
-    said = os.open("/tmp/.start", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)  # a pipe could fill up with nobody reading
-    os.unlink("/tmp/.start")
+    said = os.open(
+        f"{places.tmp}/.start", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600
+    )  # a pipe could fill up with nobody reading
+    os.unlink(f"{places.tmp}/.start")
 
     def become() -> None:
         null = os.open("/dev/null", os.O_RDONLY)
         for standard, descriptor in enumerate((null, said, said)):
             os.dup2(descriptor, standard)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.chdir(HOME)
+        os.chdir(places.home)
         os.execve("/bin/bash", ["/bin/bash", "-l", "-c", command], environment)
 
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()

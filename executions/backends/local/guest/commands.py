@@ -13,8 +13,8 @@ import termios
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import places
 from .connect import ConnectError, envelope, messages, only_message
-from .files import HOME
 from .http import Request
 from .processes import Moment, descendants, extinguish, fork_guest, kill, now, started_by
 
@@ -139,7 +139,7 @@ class Commands:
         config = body.get("process")
         if not isinstance(config, dict) or not isinstance(config.get("cmd"), str):
             raise ConnectError("invalid_argument", "process.cmd is missing")
-        cwd = os.path.join(HOME, str(config.get("cwd") or "~").replace("~", HOME, 1))
+        cwd = places.found(os.path.join(places.home, str(config.get("cwd") or "~").replace("~", places.home, 1)))
         if not os.path.isdir(cwd):
             raise ConnectError("invalid_argument", f"cwd '{cwd}' does not exist")
         environment = self.agent.environment(cwd) | {str(k): str(v) for k, v in (config.get("envs") or {}).items()}

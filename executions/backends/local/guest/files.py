@@ -8,9 +8,8 @@ import stat
 from collections.abc import AsyncIterator
 from email.message import Message
 
+from . import linux, places
 from .http import PIECE, Refused, Request
-
-HOME = "/home/user"
 
 
 def _refused(status: int, message: str) -> Refused:
@@ -22,17 +21,23 @@ def resolved(path: str) -> str:
     if not path or "\0" in path or len(path.encode()) > 4096:
         raise _refused(400, "the path is not valid")
     if path == "~" or path.startswith("~/"):
-        path = HOME + path[1:]
-    path = os.path.join(HOME, path)
+        path = places.home + path[1:]
+    path = places.found(os.path.join(places.home, path))
     if ".." in path.split("/"):
         raise _refused(400, "the path must not contain '..'")
-    return os.path.normpath(path)
+    path = os.path.normpath(path)
+    if places.reduced and places.outside(path):
+        raise _refused(403, f"path '{path}' is not the sandbox's own")
+    return path
 
 
 def _opened(path: str, flags: int) -> int:
     """Open a regular file; never waits for a FIFO's or device's other end."""
+    flags |= os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+        descriptor = (
+            os.open(path, flags, 0o644) if not places.reduced else linux.open_beneath(*places.split(path), flags, 0o644)
+        )
     except FileNotFoundError:
         raise _refused(404, f"path '{path}' does not exist") from None
     except IsADirectoryError:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from . import places
 from .connect import ConnectError
-from .files import HOME, resolved
+from .files import resolved
 from .http import Refused
 
 ENTRIES_LIMIT = 20_000
@@ -21,7 +22,7 @@ CODES = {errno.ENOENT: "not_found", errno.EEXIST: "already_exists", errno.ENOTDI
 
 def _path(body: dict[str, Any], name: str = "path") -> str:
     try:
-        return resolved(str(body.get(name) or HOME))
+        return resolved(str(body.get(name) or places.home))
     except Refused as refusal:
         raise ConnectError("invalid_argument", refusal.body["message"]) from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import wire
 
+from . import places
 from .contexts import Context
 from .http import Refused, Request
 from .languages import ALIASES, LANGUAGES, absent
@@ -24,7 +25,7 @@ def default_context(agent: Any, language: str) -> Context:
     """The context of a language when none is named; made at first use, its id stays."""
     language = _home(language)
     if language not in agent.defaults:
-        agent.defaults[language] = _add(agent, language, "/home/user").id
+        agent.defaults[language] = _add(agent, language, places.home).id
     return agent.contexts[agent.defaults[language]]
 
 
@@ -95,8 +96,8 @@ def _default_or_known(agent: Any, identifier: str) -> Context:
 
 async def _create(agent: Any, request: Request) -> None:
     body = await request.json()
-    cwd = body.get("cwd") or "/home/user"
-    if not isinstance(cwd, str) or not os.path.isdir(cwd):
+    cwd = body.get("cwd") or places.home
+    if not isinstance(cwd, str) or not os.path.isdir(cwd := places.found(cwd)):
         raise Refused(400, f"cwd {cwd!r} does not exist")
     context = _add(agent, _language(body.get("language")), cwd)
     try:

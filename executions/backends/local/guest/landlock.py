@@ -24,7 +24,9 @@ def abi() -> int:
         return 0
 
 
-def ruleset() -> int | None:
+def ruleset(
+    readable: tuple[str, ...] = ("/",), writable: tuple[str, ...] = WRITABLE, devices: tuple[str, ...] = DEVICES
+) -> int | None:
     """A ruleset's descriptor, to be enforced in each guest process; None where the kernel has no Landlock."""
     version = abi()
     if not version:
@@ -34,12 +36,11 @@ def ruleset() -> int | None:
     attributes = struct.pack("QQQ", handled, 0, scoped)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     rules = linux.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
-    _allow(rules, "/", READ & handled)
-    for path in WRITABLE:
-        _allow(rules, path, handled)
-    for path in DEVICES:
-        of_a_file = 0 if os.path.isdir(path) else 0b1000
-        _allow(rules, path, (READ | WRITE_FILE | TRUNCATE | IOCTL_DEVICE) & handled & ~of_a_file)
+    given = [(readable, READ), (writable, handled), (devices, READ | WRITE_FILE | TRUNCATE | IOCTL_DEVICE)]
+    for paths, rights in given:
+        for path in filter(os.path.exists, paths):
+            of_a_file = 0 if os.path.isdir(path) else 0b1000
+            _allow(rules, path, rights & handled & ~of_a_file)
     return rules
 
 

@@ -12,7 +12,7 @@ import struct
 _libc = ctypes.CDLL(None, use_errno=True)
 MACHINE = platform.machine()
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-MOUNT_SETATTR = 442  # the same on every architecture, like all numbers above 424
+MOUNT_SETATTR, OPENAT2 = 442, 437  # the same on every architecture, like all numbers above 424
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -23,6 +23,8 @@ MNT_DETACH = 2
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 38, 47
+PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER = 8, 36
+CAP_CHOWN, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 0, 5, 6, 7, 21
 
 
 def _checked(result: int, what: str) -> int:
@@ -56,6 +58,16 @@ def harden(target: str, *, recursive: bool = False, flags: int = MS_RDONLY | MS_
     syscall(MOUNT_SETATTR, -100, target.encode(), 0x8000 if recursive else 0, attributes, ctypes.c_size_t(32))
 
 
+def open_beneath(folder: str, path: str, flags: int, mode: int) -> int:
+    """Open `path` below `folder`, wherever its links lead: what would leave the folder is refused (openat2)."""
+    parent = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = struct.pack("QQQ", flags, mode if flags & os.O_CREAT else 0, 0x08)  # RESOLVE_BENEATH
+        return syscall(OPENAT2, parent, path.encode(), how, ctypes.c_size_t(len(how)))
+    finally:
+        os.close(parent)
+
+
 def pivot_root(new: str) -> None:
     """Make `new`, which is a mount, the root, and let go of the old one."""
     os.chdir(new)
@@ -64,20 +76,25 @@ def pivot_root(new: str) -> None:
     os.chdir("/")
 
 
-def drop_bounding_set() -> None:
+def drop_bounding_set(keep: tuple[int, ...] = ()) -> None:
     for capability in range(64):
+        if capability in keep:
+            continue
         try:
             prctl(PR_CAPBSET_DROP, capability)
         except OSError:
             break  # the last one that this kernel knows, or there is no right to
 
 
-def drop_capabilities() -> None:
-    """Empty all five sets, for good once no_new_privs is set."""
-    drop_bounding_set()
+def drop_capabilities(keep: tuple[int, ...] = ()) -> None:
+    """Empty all five sets, for good once no_new_privs is set; these (below 32) stay until the next call, also over exec."""
+    drop_bounding_set(keep)
     prctl(PR_CAP_AMBIENT, 4)
+    kept = sum(1 << capability for capability in keep)
     header = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    _checked(_libc.capset(header, bytes(24)), "capset")
+    _checked(_libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0)), "capset")
+    for capability in keep:
+        prctl(PR_CAP_AMBIENT, 2, capability)
 
 
 def bring_up_loopback() -> None:
@@ -86,9 +103,9 @@ def bring_up_loopback() -> None:
         fcntl.ioctl(probe, 0x8914, request)  # SIOCSIFFLAGS
 
 
-def has_capabilities() -> bool:
-    """Whether this process could do what root does: mount, change uids, write maps."""
+def has_capabilities(*wanted: int) -> bool:
+    """Whether this process is root and may what root does: change uids, kill, and these."""
     with open("/proc/self/status") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
-    needed = (1 << 21) | (1 << 7) | (1 << 6) | (1 << 5)  # SYS_ADMIN, SETUID, SETGID, KILL
+    needed = sum(1 << capability for capability in (CAP_SETUID, CAP_SETGID, CAP_KILL, *wanted))
     return os.geteuid() == 0 and effective & needed == needed

@@ -23,6 +23,8 @@ from typing import Any
 
 from IPython.core.async_helpers import get_asyncio_loop
 
+from . import places
+
 PRELOADED = ("numpy", "pandas", "matplotlib", "matplotlib.pyplot", "e2b_charts", "orjson")
 WARM_CELLS = {
     "": ["print('x')", "[1, {'a': 2}]", "1/0", "await __import__('asyncio').sleep(0)", "%pwd", "x = 1\nx"],
@@ -35,7 +37,6 @@ WARM_CELLS = {
 }
 
 DATA_MIB = 256  # of RLIMIT_DATA at least; more only where the sandbox has more memory
-PACKAGES = "/home/user/.packages"  # what is installed into this sandbox
 
 shell: Any = None  # made once, in the zygote, like the next
 font_list: tuple[str, bytes] | None = None
@@ -160,7 +161,7 @@ def run(control: socket.socket, environment: dict[str, str], limits: dict[str, i
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for name in ours:
         sys.modules.pop(name, None)  # users may have modules of these names
-    sys.path[:] = ["", *(p for p in sys.path if p and p != "/opt/sandgate"), PACKAGES]
+    sys.path[:] = ["", *(p for p in sys.path if p and p != places.ours), places.packages()]
     sys.argv = [""]
     os.environ.clear()
     os.environ.update(environment)

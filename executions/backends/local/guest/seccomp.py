@@ -47,7 +47,16 @@ NEW_NAMESPACES = 0x7E020000
 TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; vsock would reach a hypervisor past the network namespace
 
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+CONNECTED = (1, 5)  # stream and seqpacket: one of datagrams could still send to any path
+# by the answer: nothing is done, which most programs bear better than a refusal of what decorates a copy
+OF_PATHS = {
+    0: {"chmod": (90, None), "fchmodat": (268, 53), "fchmodat2": (452, 452), "utime": (132, None), "utimes": (235, None),
+        "futimesat": (261, None)},
+    errno.EPERM: {"chown": (92, None), "lchown": (94, None), "fchownat": (260, 54)},
+    errno.ENOTSUP: {"setxattr": (188, 5), "lsetxattr": (189, 6), "removexattr": (197, 14), "lremovexattr": (198, 15)},
+}  # fmt: skip
+UTIMENSAT = (280, 88)
+LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 NUMBER, ARCH, ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 
@@ -74,8 +83,12 @@ def _load(index: int, high: bool = False) -> bytes:
     return _instruction(LOAD, ARGUMENT + 8 * index + 4 * high)
 
 
-def program(machine: str = linux.MACHINE) -> bytes:
-    """The filter for this architecture. KeyError where there is no table for it."""
+def program(machine: str = linux.MACHINE, *, reduced: bool = False, own_uid: bool = True) -> bytes:
+    """The filter for this architecture. KeyError where there is no table for it.
+
+    `reduced`: no network namespace keeps sockets apart, so there are none but connected pairs. Not `own_uid`: nothing but
+    this filter keeps the modes, owners and times of the user's other files, which Landlock does not look at.
+    """
     arch = ARCHITECTURES[machine]
     column = list(ARCHITECTURES).index(machine)
     call = {name: numbers[column] for name, numbers in NUMBERS.items()}
@@ -101,7 +114,9 @@ def program(machine: str = linux.MACHINE) -> bytes:
     )
     injection = [step for request in TERMINAL_INJECTION for step in (_instruction(EQUAL, request, 0, 1), _refuse())]
     parts.append(_when(call["ioctl"], _argument(1), *injection, allow))
-    for name in ("socket", "socketpair"):
+    if reduced:
+        parts += _reduced(column, call, own_uid)
+    for name in () if reduced else ("socket", "socketpair"):
         families = [step for family in FAMILIES for step in (_instruction(EQUAL, family, 0, 1), allow)]
         parts.append(_when(call[name], _argument(0), *families, _refuse(errno.EAFNOSUPPORT)))
     on_self = [_instruction(EQUAL, 0, 1, 0), _refuse()]
@@ -122,6 +137,25 @@ def program(machine: str = linux.MACHINE) -> bytes:
     )  # fmt: skip
     parts.append(allow)
     return b"".join(parts)
+
+
+def _reduced(column: int, call: dict[str, int], own_uid: bool) -> list[bytes]:
+    allow = _instruction(RETURN, ALLOW)
+    kinds = [step for kind in CONNECTED for step in (_instruction(EQUAL, kind, 0, 1), allow)]
+    pair = [_instruction(EQUAL, 1, 1, 0), _refuse(), _argument(1), _instruction(AND, 0xF), *kinds, _refuse()]
+    parts = [_when(call["socket"], _refuse()), _when(call["socketpair"], _argument(0), *pair)]
+    if not own_uid:
+        for answer, calls in OF_PATHS.items():
+            parts += [
+                _when(numbers[column], _refuse(answer)) for numbers in calls.values() if numbers[column] is not None
+            ]
+        open_file = [
+            _instruction(EQUAL, 0, 0, 2),
+            _load(1, high=True),
+            _instruction(EQUAL, 0, 1, 0),
+        ]  # no path is named
+        parts.append(_when(UTIMENSAT[column], _load(1), *open_file, _refuse(0), allow))
+    return parts
 
 
 def install(code: bytes) -> None:

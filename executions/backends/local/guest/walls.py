@@ -12,7 +12,7 @@ import signal
 import socket
 from pathlib import Path
 
-from . import landlock, linux, seccomp
+from . import landlock, linux, places, reduced, seccomp
 
 USER = 1000
 RLIMIT_SIGPENDING = 11
@@ -69,6 +69,12 @@ def unshare(plan: dict, node: socket.socket) -> None:
 
 def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
     """Put up the walls that depend on the plan; the node has put this process into its control groups."""
+    places.settle(plan)
+    if plan.get("reduced"):
+        reduced.around_agent(plan)
+        os.chdir(plan["home"])
+        restrict(plan, keep, filter_program)
+        return
     linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
     _mount_private_folders(plan["limits"], plan["shadowed"])
     restrict(plan, keep, filter_program)
@@ -132,14 +138,15 @@ def _limit(plan: dict) -> None:
         ),  # not 0, which a handler in core_pattern ignores; 1 means none at all (fs/coredump.c)
         (resource.RLIMIT_NOFILE, 4096),
         (resource.RLIMIT_FSIZE, limits["disk_mib"] << 20),
-        (resource.RLIMIT_NPROC, limits["processes"] + RESERVED_PROCESSES),
+        (resource.RLIMIT_NPROC, limits["processes"] + plan.get("others", 0) + RESERVED_PROCESSES),
         (resource.RLIMIT_MEMLOCK, 64 << 10),
         (resource.RLIMIT_MSGQUEUE, 0),
         (RLIMIT_SIGPENDING, 1024),
     ):
-        _, hard = resource.getrlimit(limit)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        present = resource.getrlimit(limit)
+        value = value if present[1] == resource.RLIM_INFINITY else min(value, present[1])
+        if present != (value, value):  # a filter that stands already lets nobody touch the core's
+            resource.setrlimit(limit, (value, value))
     if plan["limit_data"]:  # nobody else limits the agent, and guests choose what it reads
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, ((limits["memory_mib"] + AGENT_MIB) << 20, hard))
@@ -149,14 +156,18 @@ def become_guest(plan: dict, rules: int | None, data_mib: int = DATA_MIB) -> Non
     """Lower this fork of the agent to what runs guest code; call it once, last."""
     os.setsid()
     linux.prctl(linux.PR_SET_DUMPABLE, 1)
-    Path("/proc/self/oom_score_adj").write_text("1000")  # the agent dies last
+    if not plan.get("reduced"):  # there /proc is read-only
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the agent dies last
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    processes = plan["limits"]["processes"]
+    processes = plan["limits"]["processes"] + plan.get("others", 0)
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     if plan["limit_data"]:
         memory = max(data_mib, plan["limits"]["memory_mib"]) << 20
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    landlock.enforce(rules)
+    if plan.get("reduced"):
+        reduced.around_guest(plan)
+    else:
+        landlock.enforce(rules)

@@ -16,6 +16,7 @@ from typing import Any
 
 from node import egress, meters, runs
 from node.cgroups import Group, Tree
+from node.ground import Ground
 from node.runs import Counters, Run
 from node.uids import Block
 from node.unborn import Unborn, dead
@@ -51,6 +52,7 @@ class Sandbox:
         self.alive = False
         self.ending = asyncio.Lock()  # two may ask for its end; both hear when it is over
         self.group: Group | None = None
+        self.below: Ground | None = None  # of the reduced mode
         self.runs: list[Run] = []
         self._memory_kills = self._most_processes = 0  # of the watchdog, where there are no control groups
         self._looked_at_bytes = 0
@@ -63,10 +65,11 @@ class Sandbox:
             "dir": str(self.folder), "token": self.token,
         }  # fmt: skip
 
-    async def be_born(self, unborn: Unborn, tree: Tree | None, proxy: egress.Egress) -> None:
+    async def be_born(self, unborn: Unborn, tree: Tree | None, proxy: egress.Egress, below: Ground | None) -> None:
         """Make this unborn sandbox ours. Refusal where a wall does not stand; end() cleans up in any case."""
         began = time.monotonic()
         self._process = unborn
+        self.below = below
         listeners: list[socket.socket] = []
         try:
             self._bind(listeners)
@@ -86,6 +89,8 @@ class Sandbox:
                 "token": self.token, "limit_data": tree is None, "files": self.files, "start_command": self.start_command,
                 "proxy_port": egress.PORT if self.network_allow else 0,
             }  # fmt: skip
+            if below is not None:
+                plan |= below.make_home(self.id, unborn.uid)
             await unborn.be_born(
                 plan,
                 listeners,
@@ -207,6 +212,8 @@ class Sandbox:
             (self.folder / f"{port}.sock").unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self.folder.rmdir()
+        if self.below is not None:
+            self.below.remove_home(self.id)
         if self.group is not None:
             await self._remove_group(self.group)
 

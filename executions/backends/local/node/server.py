@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from guest import landlock, linux, seccomp
+from node import ground
 from node.cgroups import Tree
 from node.egress import Egress
+from node.ground import Ground
 from node.runs import Run
 from node.sandboxes import Refusal, Sandbox
 from node.templates import Content, Template
@@ -39,11 +41,14 @@ from node.zygotes import Zygote
 from executions import network
 
 WATCHDOG_SECONDS = 0.1
+DISK_SECONDS = 1
+ISOLATION = ("none", "reduced", "namespaces", "microvm")  # as in the product's states
 METER_SECONDS = (0.01, 1.0)  # between two looks at a meter that must not pass a limit
 REMEMBERED = 1000  # sandboxes whose end had a reason that somebody may ask for
 READY_SECONDS = 30  # how long create() waits for a zygote that warms up
 WHY = {
     "": "There is no such sandbox.",
+    "disk_full": "The sandbox wrote more than its disk_mib and was ended: the reduced mode has no smaller limit.",
     "out_of_memory": "The sandbox used up its memory, files in /home/user and /tmp included, and was ended.",
 }
 IDENTIFIER = re.compile(r"[a-z0-9]{1,64}")
@@ -65,7 +70,9 @@ class Client:
 class Node:
     def __init__(self, run_dir: Path, templates: dict[str, str], forks_limit: int) -> None:
         self.run_dir, self.forks_limit = run_dir, forks_limit
-        self.root = linux.has_capabilities()
+        self.root = linux.has_capabilities(linux.CAP_SYS_ADMIN)
+        self.isolation, self.refused = "namespaces", ""  # what this machine allows, and why not more
+        self.below: Ground | None = None
         self.block = Block() if self.root else None
         self.tree, self.without_cgroups = self._tree()
         self.templates: dict[str, Template] = {}
@@ -107,6 +114,12 @@ class Node:
             if not isinstance(value, int) or not least <= value <= most:
                 raise Refusal("invalid", f"limits.{name} must be between {least} and {most}.")
         template, zygote = await self._ready(request.get("template"))
+        if ISOLATION.index(self.isolation) < ISOLATION.index(request.get("floor", "none")):
+            raise Refusal(
+                "unavailable", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for."
+            )
+        if self.below is not None and request.get("network_allow"):
+            raise Refusal("unavailable", "The reduced mode has no network.")
         try:
             network.Rules(request.get("network_allow", []))
         except ValueError as problem:
@@ -114,7 +127,7 @@ class Node:
         sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
         sandbox.files, sandbox.start_command = template.content.files, template.content.start_command
         try:
-            await sandbox.be_born(await zygote.unborn(), self.tree, self.proxy)
+            await sandbox.be_born(await zygote.unborn(), self.tree, self.proxy, self.below)
         except OSError as problem:
             await self._end(sandbox)
             raise Refusal("unavailable", f"The sandbox could not be made: {problem}") from None
@@ -153,7 +166,9 @@ class Node:
         if name in self.templates:
             self.templates[name].renew(content)
             return
-        template = self.templates[name] = Template(name, content, self.run_dir, self.block, self.forks_limit)
+        template = self.templates[name] = Template(
+            name, content, self.run_dir, self.block, self.forks_limit, self.below
+        )
         self._lives[name] = asyncio.create_task(template.run())
 
     async def _let_go(self, life: asyncio.Task[None]) -> None:
@@ -243,20 +258,29 @@ class Node:
 
     async def check(self, request: dict[str, Any]) -> dict[str, Any]:
         templates = {name: template.described() for name, template in self.templates.items()}
-        return {"templates": templates, "walls": self.walls(), "sandboxes": len(self.sandboxes)}
+        return {
+            "templates": templates,
+            "walls": self.walls(),
+            "sandboxes": len(self.sandboxes),
+            "isolation": self.isolation,
+        }
 
     def walls(self) -> dict[str, Any]:
         """Each wall: True, or the sentence that says what is missing. A sandbox is not made where one of the others fails."""
         abi = landlock.abi()
         known = linux.MACHINE in seccomp.ARCHITECTURES
         return {
-            "namespaces": any(t.zygote is not None for t in self.templates.values()) or self._why_no_namespaces(),
-            "uid": True if self.root else "Sandboxes have the node's own uid on the host. Start the node as root.",
+            "namespaces": self.refused
+            or any(t.zygote is not None for t in self.templates.values())
+            or self._why_no_namespaces(),
+            "uid": True
+            if self.block is not None
+            else "Sandboxes have the node's own uid on the host. Start the node as root.",
             "capabilities": True,
             "cgroups": self.tree is not None or self.without_cgroups,
             "seccomp": known or f"There is no system call table for {linux.MACHINE}.",
             "landlock": abi >= 6 or f"The kernel has Landlock ABI {abi}; signals are scoped from 6 (Linux 6.12).",
-            "readonly_root": True,
+            "readonly_root": self.below is None or "No root of its own: Landlock keeps the machine's files.",
         }
 
     def _why_no_namespaces(self) -> str:
@@ -308,8 +332,38 @@ class Node:
                     except Exception:  # one that ends while it is looked at must not leave the others unwatched
                         sys.stderr.write(traceback.format_exc())
 
+    async def _try(self) -> None:
+        """Make one empty sandbox, to know whether this machine allows it; if not, go on with what it allows."""
+        trial = Zygote(sys.executable, self.run_dir, self.block, entry="probe")
+        try:
+            await trial.start()
+        except ValueError:
+            pass  # this interpreter cannot be shown; the templates' own may
+        except OSError as problem:
+            self.refused = f"{problem}. manage.py doctor says what to type."
+            own_uid = linux.has_capabilities(linux.CAP_CHOWN)
+            if why := ground.impossible(own_uid):
+                self.refused += f" Nor is there the reduced mode: {why}"
+                return
+            self.isolation = "reduced"
+            self.block = (self.block or Block()) if own_uid else None
+            self.below = Ground(self.run_dir, self.block)
+        finally:
+            await trial.stop()
+        (self.run_dir / "isolation").write_text(self.isolation)
+
+    async def watch_disks(self) -> None:
+        """In the reduced mode nothing else limits what a sandbox writes."""
+        while self.below is not None:
+            await asyncio.sleep(DISK_SECONDS)
+            for sandbox in [one for one in self.sandboxes.values() if one.alive]:
+                if await asyncio.to_thread(self.below.is_over, sandbox.id, sandbox.limits["disk_mib"]):
+                    self.reasons[sandbox.id] = "disk_full"
+                    self._end_soon(sandbox)
+
     async def serve(self, ended: asyncio.Event) -> None:
         await self._clear()
+        await self._try()
         folder = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY)
         listener = socket.socket(socket.AF_UNIX)
         os.umask(0o077)
@@ -318,7 +372,7 @@ class Node:
         server = await asyncio.start_unix_server(self.connected, sock=listener, limit=1 << 20)
         for name, content in self._first.items():
             self._have(name, content)
-        watching = asyncio.create_task(self.watch())
+        watching = asyncio.gather(self.watch(), self.watch_disks())
         await ended.wait()
         self.draining = True
         server.close()
@@ -328,6 +382,8 @@ class Node:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
         await self.proxy.stop()
+        if self.below is not None:
+            self.below.remove()
         if self.tree is not None:
             self.tree.remove()
         (self.run_dir / "node.sock").unlink(missing_ok=True)
@@ -336,6 +392,8 @@ class Node:
         """Make the run folder ours and empty; processes of an earlier node died with it."""
         (self.run_dir / "root").mkdir(exist_ok=True)
         (self.run_dir / "node.sock").unlink(missing_ok=True)
+        (self.run_dir / "isolation").unlink(missing_ok=True)
+        ground.clear(self.run_dir)
         for name in ("sandboxes", "languages"):
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
             (self.run_dir / name).mkdir(mode=0o700)

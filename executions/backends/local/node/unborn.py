@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from node import ground
 from node.uids import Block
 
 CREDENTIALS = struct.Struct("iII")
@@ -24,8 +25,8 @@ SECONDS = 10
 
 
 class Unborn:
-    def __init__(self, uid: int | None) -> None:
-        self.uid = uid
+    def __init__(self, uid: int | None, reduced: bool) -> None:
+        self.uid, self.reduced = uid, reduced
         self.pid, self.pidfd = 0, -1
         self._handed: socket.socket | None = None
         self._node, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -35,13 +36,13 @@ class Unborn:
     @classmethod
     async def prepare(cls, control: socket.socket, plan: dict[str, Any], block: Block | None) -> Unborn:
         """Have the zygote fork one. OSError with the reason where a namespace cannot be had."""
-        unborn = cls(block.take() if block is not None else None)
+        unborn = cls(block.take() if block is not None else None, plan["reduced"])
         try:
-            socket.send_fds(control, [json.dumps(plan).encode()], [unborn._theirs.fileno()])
+            socket.send_fds(control, [json.dumps(plan | {"uid": unborn.uid}).encode()], [unborn._theirs.fileno()])
             unborn._theirs.close()
             async with asyncio.timeout(SECONDS):
                 await unborn._expect(b"unshared")
-                if unborn.uid is not None:
+                if unborn.uid is not None and not unborn.reduced:
                     Path(f"/proc/{unborn.pid}/uid_map").write_text(f"1000 {unborn.uid} 1")
                     Path(f"/proc/{unborn.pid}/gid_map").write_text(f"1000 {unborn.uid} 1")
                 unborn._node.send(b"mapped")
@@ -110,6 +111,8 @@ class Unborn:
     async def discard(self, block: Block | None) -> None:
         """Kill it and wait for its end."""
         if self.pidfd >= 0:
+            if self.reduced:
+                ground.kill_sandbox(self.pid, self.uid)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             await dead(self.pidfd)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from node import root
+from node.ground import Ground
 from node.uids import Block
 from node.unborn import Unborn
 
@@ -25,8 +26,10 @@ FACTS = "import json, sys; sys.stdout.write(json.dumps({'prefixes': [sys.prefix,
 class Zygote:
     """`facts` is what it has; `forks` counts the sandboxes that it has made, `ended` says that its process is gone."""
 
-    def __init__(self, python: str, run_dir: Path, block: Block | None) -> None:
-        self.python, self.run_dir, self.block = python, run_dir, block
+    def __init__(
+        self, python: str, run_dir: Path, block: Block | None, below: Ground | None = None, entry: str = "zygote"
+    ) -> None:
+        self.python, self.run_dir, self.block, self.below, self.entry = python, run_dir, block, below, entry
         self.facts: dict[str, Any] = {}
         self.forks = 0
         self.first_rss_bytes = 0
@@ -43,14 +46,19 @@ class Zygote:
         """Returns when it is warm and has shown that it can fork a sandbox. OSError or ValueError with the reason."""
         prefixes = root.prefixes(await self._ask_interpreter())
         shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
-        self._plan = {"self_map": self.block is None, "shadowed": shadowed}
+        self._plan = {"self_map": self.block is None, "shadowed": shadowed, "reduced": self.below is not None}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._control = ours
         plan = {
             "python": self.python, "prefixes": prefixes, "root": str(self.run_dir / "root"),
             "uid": self.block.zygote if self.block else None, "control": theirs.fileno(),
+            "reduced": self.below is not None, "entry": self.entry, "ours": root.OURS, "scratch": "/run",
         }  # fmt: skip
+        if self.below is not None:
+            self.below.reachable(prefixes)
+            self._plan["readable"] = self.below.readable(prefixes)
+            plan |= self.below.plan(prefixes)
         launcher = str(Path(__file__).parent)
         try:
             self._process = await asyncio.create_subprocess_exec(
