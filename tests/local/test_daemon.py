@@ -321,7 +321,7 @@ async def test_a_terminal_is_one(backend):
         await typed(b"stty size; test -t 0 && echo is_a_$((1+1))_tty\n", b"33 91\r\nis_a_2_tty")
         await call(handle, "process.Process/Update", selector | {"pty": {"size": {"cols": 50, "rows": 20}}})
         await typed(b"stty size\n", b"20 50")
-        await typed(b"sleep 600\n", b"sleep 600")
+        await typed(b"bash -c 'echo be''gun; exec sleep 600'\n", b"begun")  # not before it is in the foreground
         await typed(b"\x03", b"^C")  # the terminal interrupts it
         await typed(b"echo $((6*7))\n", b"42")
         await typed(b"exit 5\n", b"exit")
