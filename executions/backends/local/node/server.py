@@ -377,7 +377,7 @@ class Node:
         self.draining = True
         server.close()
         await asyncio.gather(*(self._end(sandbox) for sandbox in list(self.sandboxes.values())), return_exceptions=True)
-        lives = [watching, *self._lives.values()]
+        lives: list[asyncio.Future[Any]] = [watching, *self._lives.values()]
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
