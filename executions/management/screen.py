@@ -57,12 +57,20 @@ def e2b() -> str:
     return "E2B: no key, so code runs on the local runtime. With E2B: export E2B_API_KEY=e2b_… and start again."
 
 
-def walls(check: Check) -> str:
+def walls(check: Check, refusal: str = "") -> str:
     """The local runtime's walls on this machine; what is missing, with what to type."""
+    if refusal:
+        lower = f"SANDGATE_ISOLATION_FLOOR={check.isolation} make run"
+        return (
+            f"Local runtime: makes no sandboxes, as {refusal.partition(';')[0]}.\n"
+            "  → python manage.py doctor   (what to type for the full walls)\n"
+            f"  → {lower}   (with weaker ones: docs/local-runtime.md says what they do not stop)"
+        )
     if not check.ok:
         return f"Local runtime: not ready. {check.detail}\n  → python manage.py doctor"
     standing = [name for name, state in check.walls.items() if state is True]
-    lines = [f"Local runtime: {check.isolation}. Walls that stand: {', '.join(standing) or 'none'}."]
+    named = "REDUCED ISOLATION, for code that you trust" if check.isolation == "reduced" else check.isolation
+    lines = [f"Local runtime: {named}. Walls that stand: {', '.join(standing) or 'none'}."]
     lines += [f"  missing: {name}: {sentence(state)}" for name, state in check.walls.items() if state is not True]
     return "\n".join(lines)
 

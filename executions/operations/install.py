@@ -27,12 +27,16 @@ from executions.operations.sessions import gone_is_recorded
 from executions.operations.submit import claim_session, record_refusal
 from executions.states import Scope, Verdict
 
-TARGET = "/home/user/.packages"  # behind the template's own packages on sys.path: never in front of them
+TARGET = "$HOME/.packages"  # behind the template's own packages on sys.path: never in front of them
 ASK = (
     "import json, sys, importlib.metadata as m; "
     "print(json.dumps([list(sys.version_info[:2]), {d.name: d.version for d in m.distributions()}]))"
 )
-SEE = f"import sys, importlib\nif {TARGET!r} not in sys.path: sys.path.append({TARGET!r})\nimportlib.invalidate_caches()\n"
+ARCHIVE = "${TMPDIR:-/tmp}/.packages.tar"  # to the API always in /tmp
+SEE = (
+    "import sys, os.path, importlib\nsys.path += {os.path.expanduser('~/.packages')} - {*sys.path}\n"
+    "importlib.invalidate_caches()\n"
+)
 UV_SECONDS = 300
 
 
@@ -50,7 +54,7 @@ async def install(*, caller: Caller, session_id: str, requirements: list[str]) -
                 await backend.write_file(sandbox.machine, "/tmp/.packages.tar", _pieces(archive))
                 await _command(
                     sandbox,
-                    f"mkdir -p {TARGET} && tar -xf /tmp/.packages.tar -C {TARGET}; s=$?; rm -f /tmp/.packages.tar; exit $s",
+                    f'mkdir -p "{TARGET}" && tar -xf "{ARCHIVE}" -C "{TARGET}"; s=$?; rm -f "{ARCHIVE}"; exit $s',
                 )
                 async for _ in backend.run_code(sandbox.machine, SEE, timeout_seconds=30):
                     pass
@@ -80,7 +84,7 @@ def _row(caller: Caller, sandbox: Sandbox, name: str, **fields) -> Package:
 
 async def _look(sandbox: Sandbox) -> tuple[str, dict[str, str]]:
     """The Python of the sandbox ("3.11") and what is installed there (name to version)."""
-    said = await _command(sandbox, f"PYTHONPATH={TARGET} python3 -c '{ASK}'")
+    said = await _command(sandbox, f"PYTHONPATH=\"{TARGET}\" python3 -c '{ASK}'")
     try:
         (major, minor), present = json.loads(said.strip().splitlines()[-1])
     except (ValueError, IndexError) as e:

@@ -16,9 +16,11 @@ from django.db import DatabaseError, connection
 from django.db.migrations.executor import MigrationExecutor
 
 from executions import backends
+from executions.backends import local
 from executions.backends.local import environment
-from executions.management import boot
+from executions.management import boot, walls
 from executions.management.screen import sentence
+from executions.states import ISOLATION
 
 
 class Finding(NamedTuple):
@@ -38,7 +40,8 @@ class Command(BaseCommand):
             mark = {"ok": "ok", "missing": "--", "broken": "!!"}[finding.state]
             self.stdout.write(f"{mark}  {finding.name:<22} {finding.words}")
             if finding.remedy:
-                self.stdout.write(f"{'':26} → {finding.remedy}")
+                for number, line in enumerate(finding.remedy.splitlines()):
+                    self.stdout.write(f"{'':26} {'→' if not number else ' '} {line}")
         if any(finding.state == "broken" for finding in findings):
             sys.exit(1)
 
@@ -101,21 +104,28 @@ def template() -> Iterator[Finding]:
 
 
 def sandboxes() -> Iterator[Finding]:
-    """Every configured backend, asked; the local one with its walls."""
+    """Every configured backend, asked; the local one with its walls, each tried here and now where no node says."""
     for alias, check in asyncio.run(all_checks()).items():
+        here = alias == "local"
+        isolation, found = check.isolation, check.walls
+        if here and not found:
+            try:
+                looked = local.look()
+                isolation, found = looked["isolation"], looked["walls"]
+            except OSError as e:
+                yield Finding("local runtime", "missing", str(e))
         remedy = (
-            ""
-            if check.ok
-            else "make run   (it starts the node and shows what it says)"
-            if alias == "local"
-            else "see its settings"
+            "" if check.ok else "make run   (it starts the node)" if here and not check.walls else "see its settings"
         )
-        words = " ".join(filter(None, [check.isolation, check.detail])) or ("answers" if check.ok else "no answer")
+        if here and ISOLATION.index(isolation or "none") < ISOLATION.index(settings.ISOLATION_FLOOR):
+            remedy = f"what is missing below; or weaker walls: SANDGATE_ISOLATION_FLOOR={isolation} make run"
+        words = " ".join(filter(None, [isolation, check.detail])) or ("answers" if check.ok else "no answer")
         yield Finding(f"backend {alias}", "ok" if check.ok else "missing", words, remedy)
-        for wall, state in check.walls.items():
-            yield Finding(
-                f"  {wall}", "ok" if state is True else "missing", "stands" if state is True else sentence(state)
-            )
+        for wall, state in found.items():
+            if state is True:
+                yield Finding(f"  {wall}", "ok", "stands")
+            else:
+                yield Finding(f"  {wall}", "missing", sentence(state), walls.remedy(wall))
     if not settings.E2B_API_KEY:
         yield Finding("backend e2b", "missing", "no key", "export E2B_API_KEY=e2b_…   (from e2b.dev, or your own E2B)")
 

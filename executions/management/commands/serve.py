@@ -97,10 +97,11 @@ async def tell(first: operations.FirstStart | None, node_starts: bool) -> None:
     """Show the screen once what it says can be typed: when the node answers, or after some seconds without."""
     local = ""
     if "local" in settings.SANDBOXES:
-        check = await backends.get("local").check()
+        local_backend = backends.get("local")
+        check = await local_backend.check()
         deadline = time.monotonic() + (20 if node_starts else 0)
-        while not check.ok and time.monotonic() < deadline:
+        while not (check.ok or local_backend.refusal) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-            check = await backends.get("local").check()
-        local = screen.walls(check)
+            check = await local_backend.check()
+        local = screen.walls(check, local_backend.refusal)
     print(screen.first(first, local) if first else screen.again(local), flush=True)

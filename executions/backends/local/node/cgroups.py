@@ -1,4 +1,4 @@
-"""Control groups as root: hard limits and honest meters of one sandbox, on version 1 and version 2."""
+"""Control groups, as root or where a user was given some: hard limits and honest meters of one sandbox, on version 1 and version 2."""
 
 from __future__ import annotations
 
@@ -88,7 +88,12 @@ class Group:
 
     def kill(self) -> None:
         """Kill whoever is inside: what a node left that died."""
-        for folder in self.folders.values():
+        for folder in set(self.folders.values()):
+            if (folder / "cgroup.kill").exists():  # version 2, from Linux 5.14 on: all at once
+                (folder / "cgroup.kill").write_text("1")
+                continue
+            if (folder / "cgroup.freeze").exists():
+                (folder / "cgroup.freeze").write_text("1")  # who is frozen does not fork, and can be killed
             for pid in (folder / "cgroup.procs").read_text().split():
                 try:
                     os.kill(int(pid), 9)
@@ -181,6 +186,18 @@ class Tree:
         for parent in self.parents.values():
             if parent.is_dir():
                 parent.rmdir()
+
+
+def delegated() -> str:
+    """The folder of this process's own group in version 2 where its user may divide it (systemd's Delegate=yes), else ""."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((line[3:] for line in lines if line.startswith("0::")), "")
+        folder = f"/sys/fs/cgroup{own}"
+        has = Path(folder, "cgroup.controllers").read_text().split()
+        if {"memory", "pids", "cpu"} <= set(has) and os.access(f"{folder}/cgroup.subtree_control", os.W_OK):
+            return folder
+    return ""
 
 
 def _claimed(name: str) -> socket.socket | None:

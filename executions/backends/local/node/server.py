@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from guest import landlock, linux, seccomp
-from node import ground
+from node import cgroups, ground
 from node.cgroups import Tree
 from node.egress import Egress
 from node.ground import Ground
@@ -72,6 +72,7 @@ class Node:
         self.run_dir, self.forks_limit = run_dir, forks_limit
         self.root = linux.has_capabilities(linux.CAP_SYS_ADMIN)
         self.isolation, self.refused = "namespaces", ""  # what this machine allows, and why not more
+        self.proved = False
         self.below: Ground | None = None
         self.block = Block() if self.root else None
         self.tree, self.without_cgroups = self._tree()
@@ -85,19 +86,15 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _tree(self) -> tuple[Tree | None, str]:
-        if not self.root:
-            return (
-                None,
-                "Control groups need root: memory is watched every 100 ms and rlimits hold instead. Start the node as root.",
-            )
+        instead = "memory is watched every 100 ms and rlimits hold instead."
+        mounts = "/sys/fs/cgroup" if self.root else cgroups.delegated()
+        if not mounts:
+            return None, f"Control groups need root, or a group that this user may divide: {instead}"
         name = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:12]
         try:
-            return Tree(name), ""
+            return Tree(name, mounts), ""
         except OSError as problem:
-            return (
-                None,
-                f"Control groups cannot be used ({problem}): memory is watched every 100 ms and rlimits hold instead.",
-            )
+            return None, f"Control groups cannot be used ({problem}): {instead}"
 
     # requests
 
@@ -270,9 +267,7 @@ class Node:
         abi = landlock.abi()
         known = linux.MACHINE in seccomp.ARCHITECTURES
         return {
-            "namespaces": self.refused
-            or any(t.zygote is not None for t in self.templates.values())
-            or self._why_no_namespaces(),
+            "namespaces": self.refused or self.proved or self._why_no_namespaces(),
             "uid": True
             if self.block is not None
             else "Sandboxes have the node's own uid on the host. Start the node as root.",
@@ -283,7 +278,9 @@ class Node:
             "readonly_root": self.below is None or "No root of its own: Landlock keeps the machine's files.",
         }
 
-    def _why_no_namespaces(self) -> str:
+    def _why_no_namespaces(self) -> str | bool:
+        if any(template.zygote is not None for template in self.templates.values()):
+            return True
         said = [t.detail for t in self.templates.values() if t.detail]
         return said[0] if said else "Not tried yet: the templates are warming up."
 
@@ -337,8 +334,9 @@ class Node:
         trial = Zygote(sys.executable, self.run_dir, self.block, entry="probe")
         try:
             await trial.start()
+            self.proved = True
         except ValueError:
-            pass  # this interpreter cannot be shown; the templates' own may
+            return  # this interpreter cannot be shown; the templates' own may
         except OSError as problem:
             self.refused = f"{problem}. manage.py doctor says what to type."
             own_uid = linux.has_capabilities(linux.CAP_CHOWN)
@@ -399,6 +397,17 @@ class Node:
             (self.run_dir / name).mkdir(mode=0o700)
 
 
+async def _look(node: Node) -> None:
+    """Try the walls, say what was found as JSON, and leave nothing."""
+    await node._clear()
+    await node._try()
+    sys.stdout.write(json.dumps({"isolation": node.isolation, "walls": node.walls()}))
+    if node.below is not None:
+        node.below.remove()
+    if node.tree is not None:
+        node.tree.remove()
+
+
 async def _run(node: Node, die_with_parent: bool) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -418,6 +427,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--template", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--forks-limit", type=int, default=10_000, help="sandboxes of one zygote; then it is renewed")
+    parser.add_argument("--look", action="store_true", help="try the walls, print what was found as JSON, and end")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -432,5 +442,8 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"Another node serves {run_dir}.\n")
         return 1
     templates = dict(item.split("=", 1) for item in options.template)
+    if options.look:
+        asyncio.run(_look(Node(run_dir, {}, options.forks_limit)))
+        return 0
     asyncio.run(_run(Node(run_dir, templates, options.forks_limit), options.die_with_parent))
     return 0
