@@ -2,12 +2,13 @@
 # make test   all tests, on SQLite and on PostgreSQL
 # make lint   style, types, layers, migrations
 # make bench  measurements of this machine
+# make soak   10,000 sandboxes at one node, which must not grow
 # make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test test-sqlite test-postgresql test-e2b lint bench chromium tools
+.PHONY: run test test-sqlite test-postgresql test-e2b lint bench soak chromium tools
 
 run:
 	@$(PYTHON) deploy/bootstrap.py
@@ -34,6 +35,9 @@ lint: tools
 
 bench: tools
 	$(PY) -m tests.bench $(ARGS)
+
+soak: tools
+	$(PY) -m tests.bench.soak
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt
