@@ -15,7 +15,7 @@ from tests.node import RunningNode, running_node
 
 SANDBOXES = int(os.environ.get("SOAK_SANDBOXES", "10000"))
 AT_ONCE = 3
-GROWTH_KIB = 8 * 1024  # of the node's and the zygote's own memory, between the first tenth and the end
+GROWTH_KIB = 3 * 1024  # of the node's and the zygote's own memory, between the first tenth and the end
 
 
 def sizes(node: RunningNode) -> dict[str, int]:

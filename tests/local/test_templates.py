@@ -224,6 +224,7 @@ async def test_a_package_that_cannot_be_had_breaks_its_template_alone_and_shows_
     assert told["own"]["state"] == "broken"
     assert "no-such-package-of-sandgate" in told["own"]["detail"]
     assert told["default"]["state"] == "ready"
+    assert (await local.check()).ok
     await templates.stop_building()
 
 

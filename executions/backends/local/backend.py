@@ -149,7 +149,8 @@ class LocalBackend(Backend):
             return Check(ok=False, detail=problem.detail, isolation=self.isolation)
         templates = found["templates"]
         said = [f"{name}: {t['state']}" + (f" ({t['detail']})" if t["detail"] else "") for name, t in templates.items()]
-        ready = bool(templates) and all(t["state"] == "ready" for t in templates.values())
+        asked = [templates["default"]] if "default" in templates else templates.values()
+        ready = any(t["state"] in ("ready", "asleep") for t in asked)  # another that is broken is not the backend's matter
         states = {name: TemplateState(t["state"], t["detail"], t.get("digest", "")) for name, t in templates.items()}
         if self.refusal:
             ready, said = False, [self.refusal]

@@ -110,6 +110,7 @@ class Zygote:
         """A sandbox without a name: the spare one, or a new one. OSError where there is none to be had."""
         if self._control is None:
             raise OSError("the zygote is gone")
+        self.alive()  # forgets the dead
         self._making += 1
         try:
             spare = self._spares.popleft() if self._spares else await self._prepare()
