@@ -150,7 +150,9 @@ class LocalBackend(Backend):
         templates = found["templates"]
         said = [f"{name}: {t['state']}" + (f" ({t['detail']})" if t["detail"] else "") for name, t in templates.items()]
         asked = [templates["default"]] if "default" in templates else templates.values()
-        ready = any(t["state"] in ("ready", "asleep") for t in asked)  # another that is broken is not the backend's matter
+        ready = any(
+            t["state"] in ("ready", "asleep") for t in asked
+        )  # another that is broken is not the backend's matter
         states = {name: TemplateState(t["state"], t["detail"], t.get("digest", "")) for name, t in templates.items()}
         if self.refusal:
             ready, said = False, [self.refusal]

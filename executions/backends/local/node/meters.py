@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+COUNTED = ("RssAnon:", "RssShmem:", "VmData:")
 TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -14,6 +15,7 @@ class Measured:
 
     cpu_us: int = 0
     memory_bytes: int = 0
+    data_bytes: int = 0  # of the guest that has most of what RLIMIT_DATA counts, resident or not
     tasks: int = 0  # processes and their threads
     each: dict[int, int] = field(default_factory=dict)
 
@@ -43,7 +45,7 @@ def measure(pid: int) -> Measured:
             with open(f"/proc/{one}/stat") as file:
                 times = file.read().rpartition(")")[2].split()[11:15]
             with open(f"/proc/{one}/status") as file:
-                own = sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon:", "RssShmem:")))
+                sizes = {line.split(":")[0]: int(line.split()[1]) for line in file if line.startswith(COUNTED)}
             for task in os.listdir(f"/proc/{one}/task"):
                 total.tasks += 1
                 with open(f"/proc/{one}/task/{task}/children") as file:
@@ -51,6 +53,10 @@ def measure(pid: int) -> Measured:
         except (FileNotFoundError, ProcessLookupError):
             continue
         total.cpu_us += sum(map(int, times)) * TICK_US
-        total.each[one] = own * 1024  # with shared mappings, which no rlimit counts
+        if one != pid:
+            total.data_bytes = max(total.data_bytes, sizes.get("VmData", 0) * 1024)
+        total.each[one] = (
+            sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
+        ) * 1024  # with shared mappings, which no rlimit counts
         total.memory_bytes += total.each[one]
     return total

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FULL = 0.97  # of the disk: what is left is too little for the next write
+DATA_BYTES = 256 << 20  # the least RLIMIT_DATA that a guest has, where there are no control groups
 NEAR = 0.95  # of the memory: an allocation that was refused does not show in the peak
 
 
@@ -24,7 +25,7 @@ class Run:
     def __init__(self, sandbox: Any) -> None:
         self.sandbox = sandbox
         self.begun: Counters = sandbox.counters()
-        self.peak_memory_bytes = 0
+        self.peak_memory_bytes = self.peak_data_bytes = 0
 
     def used(self) -> dict[str, int]:
         self.sandbox.note_peak()
@@ -36,7 +37,11 @@ class Run:
         used, limits = self.used(), self.sandbox.limits
         kills = self.sandbox.counters().memory_kills - self.begun.memory_kills
         reached = []
-        if kills or used["peak_memory_bytes"] >= NEAR * (limits["memory_mib"] << 20):
+        memory = limits["memory_mib"] << 20
+        refused = self.peak_data_bytes >= NEAR * max(
+            memory, DATA_BYTES
+        )  # by RLIMIT_DATA, which counts what is not resident
+        if kills or refused or used["peak_memory_bytes"] >= NEAR * memory:
             reached.append("out_of_memory")
         if self.sandbox.most_processes() >= limits["processes"]:
             reached.append("too_many_processes")

@@ -177,6 +177,8 @@ class Sandbox:
         assert self._process is not None
         measured = meters.measure(self._process.pid)
         self._most_processes = max(self._most_processes, measured.tasks)
+        for run in self.runs:
+            run.peak_data_bytes = max(run.peak_data_bytes, measured.data_bytes)
         return measured
 
     def watch_memory(self) -> None:
