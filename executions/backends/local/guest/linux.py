@@ -6,12 +6,15 @@ import ctypes
 import fcntl
 import os
 import platform
+import signal
 import socket
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_holding = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock during a call
 MACHINE = platform.machine()
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+CLONE = {"x86_64": 56, "aarch64": 220}
 MOUNT_SETATTR, OPENAT2 = 442, 437  # the same on every architecture, like all numbers above 424
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
@@ -45,6 +48,26 @@ def prctl(option: int, *arguments: object) -> int:
 
 def unshare(flags: int) -> None:
     _checked(_libc.unshare(flags), "unshare")
+
+
+def fork_into(flags: int) -> int:
+    """os.fork(), with a child that is in these new namespaces, and pid 1 there, from its first moment.
+
+    The C library's own handlers of a fork do not run: only for a process of one thread that is itself pid 1, because
+    the library remembers that number. One fork less than unsharing first saves a sixth of the work of a sandbox.
+    """
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _holding.syscall(
+        ctypes.c_long(CLONE[MACHINE]), ctypes.c_ulong(flags | signal.SIGCHLD), None, None, None, None
+    )
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0
+    number = ctypes.get_errno()
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(number, f"clone: {os.strerror(number)}")
+    return pid
 
 
 def mount(source: str, target: str, kind: str | None = None, flags: int = 0, data: str | None = None) -> None:

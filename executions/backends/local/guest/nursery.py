@@ -6,19 +6,19 @@ import json
 import os
 import socket
 
-from . import linux, processes, python_context, walls
+from . import processes, python_context, walls
 
 
 class Nursling:
     """A process that waits to become a context; no guest code has run in it."""
 
-    def __init__(self, program: bytes) -> None:
+    def __init__(self, program: bytes, rehearse: bool) -> None:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 self._ours.close()
-                _wait(theirs, program)
+                _wait(theirs, program, rehearse)
             finally:
                 os._exit(70)
         theirs.close()
@@ -34,14 +34,14 @@ class Nursling:
         return self.pid
 
 
-def _wait(agent: socket.socket, program: bytes) -> None:
-    python_context.rehearse()  # copies now the pages that a first cell would copy later
+def _wait(agent: socket.socket, program: bytes, rehearse: bool) -> None:
+    if rehearse:
+        python_context.rehearse()  # copies now the pages that a first cell would copy later
     message, descriptors, _, _ = socket.recv_fds(agent, 1 << 20, 4)
     if not message:
         return  # the sandbox was not needed
     given = json.loads(message)
     control, out, err, *rules = descriptors
-    linux.unshare(linux.CLONE_NEWCGROUP)
     walls.restrict(given["plan"], set(descriptors), program)
     walls.become_guest(given["plan"], rules[0] if rules else None, python_context.DATA_MIB)
     os.dup2(out, 1)

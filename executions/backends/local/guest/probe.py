@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 
-from . import walls
+from . import linux, walls
 
 CONTROL = 3
 
@@ -20,10 +20,15 @@ def main() -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             os._exit(0)
-        if os.fork() == 0:
+        try:
+            pid = linux.fork_into(walls.INNER)
+        except OSError as problem:
+            socket.socket(fileno=descriptors.pop()).send(str(problem).encode())
+            continue
+        if pid == 0:
             node = socket.socket(fileno=descriptors[0])
             try:
-                walls.unshare(json.loads(message), node)
+                walls.begin(json.loads(message), node)
                 node.send(b"waiting")
                 node.recv(1)
             except BaseException as problem:

@@ -1,6 +1,6 @@
 """From a fork of the zygote to a sandbox: the order matters and is explained line by line.
 
-unshare → map → loopback → pid 1 → /proc; here it waits for its plan; then private folders → descriptors → rlimits
+pid 1 of new namespaces → map → loopback → /proc; here it waits for its plan; then private folders → descriptors → rlimits
 → no capabilities → seccomp; and in every process that runs guest code: Landlock and lower limits.
 """
 
@@ -38,10 +38,9 @@ AGENT_MIB = 256  # of data beyond the guest's limit, without control groups
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
 
 
-def unshare(plan: dict, node: socket.socket) -> None:
-    """Become pid 1 of new namespaces. Raises OSError at the first thing that is refused."""
+def begin(plan: dict, node: socket.socket) -> None:
+    """Make this fork, pid 1 of new namespaces, at home in them. Raises OSError at the first thing that is refused."""
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or the node may not write our maps
-    linux.unshare(INNER)
     if plan["self_map"]:
         for name, line in (("setgroups", "deny"), ("uid_map", "1000 1000 1"), ("gid_map", "1000 1000 1")):
             Path(f"/proc/self/{name}").write_text(line)
@@ -55,8 +54,7 @@ def unshare(plan: dict, node: socket.socket) -> None:
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # the change of uid reset it; /proc/self must be ours
     socket.sethostname("sandbox")
     linux.bring_up_loopback()
-    if os.fork():
-        os._exit(0)  # the zygote, pid 1 outside, inherits the sandbox
+    linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node has put us into
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     linux.mount("proc", "/proc", "proc", flags)  # failing here is fatal: the outer one shows the zygote
@@ -68,14 +66,13 @@ def unshare(plan: dict, node: socket.socket) -> None:
 
 
 def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
-    """Put up the walls that depend on the plan; the node has put this process into its control groups."""
+    """Put up the walls that depend on the plan."""
     places.settle(plan)
     if plan.get("reduced"):
         reduced.around_agent(plan)
         os.chdir(plan["home"])
         restrict(plan, keep, filter_program)
         return
-    linux.unshare(linux.CLONE_NEWCGROUP)  # only now: its root is the group that the node chose
     _mount_private_folders(plan["limits"], plan["shadowed"])
     restrict(plan, keep, filter_program)
 

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from . import agent, languages, nursery, python_context, reduced, seccomp, walls
+from . import agent, languages, linux, nursery, python_context, reduced, seccomp, walls
 
 CONTROL = 3
 
@@ -39,7 +39,12 @@ def main() -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             os._exit(0)  # the node is gone; every sandbox goes with this process
-        if os.fork() == 0:
+        try:
+            pid = linux.fork_into(walls.INNER) if not json.loads(message).get("reduced") else os.fork()
+        except OSError as problem:
+            socket.socket(fileno=descriptors.pop()).send(str(problem).encode())
+            continue
+        if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
             _become_sandbox(json.loads(message), socket.socket(fileno=descriptors[0]), program)
@@ -49,9 +54,13 @@ def main() -> None:
 
 def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
     try:
-        (reduced.begin if plan.get("reduced") else walls.unshare)(plan, node)
+        (reduced.begin if plan.get("reduced") else walls.begin)(plan, node)
         # it would have a Landlock domain beside the agent's, who could not signal it: the reduced mode starts without one
-        nursling = None if plan.get("reduced") else nursery.Nursling(program)
+        nursling = None
+        if not plan.get("reduced"):
+            nursling = nursery.Nursling(program, plan["rehearse"])
+            if plan["rehearse"]:
+                agent.rehearse()
         node.send(b"waiting")
         message, listeners, _, _ = socket.recv_fds(node, 1 << 20, 2)
         if not message:

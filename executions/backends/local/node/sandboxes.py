@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from node import egress, meters, runs
-from node.cgroups import Group, Tree
+from node.cgroups import Group
 from node.ground import Ground
 from node.runs import Counters, Run
 from node.uids import Block
@@ -65,28 +65,25 @@ class Sandbox:
             "dir": str(self.folder), "token": self.token,
         }  # fmt: skip
 
-    async def be_born(self, unborn: Unborn, tree: Tree | None, proxy: egress.Egress, below: Ground | None) -> None:
+    async def be_born(self, unborn: Unborn, proxy: egress.Egress, below: Ground | None) -> None:
         """Make this unborn sandbox ours. Refusal where a wall does not stand; end() cleans up in any case."""
         began = time.monotonic()
         self._process = unborn
-        self.below = below
+        self.below, self.group = below, unborn.group
         listeners: list[socket.socket] = []
         try:
             self._bind(listeners)
             limits = self.limits
-            if tree is not None:
+            if self.group is not None:
                 limits = limits | {"disk_mib": runs.disk_mib(limits["disk_mib"], limits["memory_mib"])}
-                self.group = tree.create(self.id)
                 self.group.limit(
                     memory_bytes=self.limits["memory_mib"] << 20,
                     processes=self.limits["processes"] + RESERVED_PROCESSES,
                     cpu_count=self.limits["cpu_count"],
                 )
-                for pid in unborn.pids():
-                    self.group.add(pid)  # first limits, then life
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": limits, "env": self.env,
-                "token": self.token, "limit_data": tree is None, "files": self.files, "start_command": self.start_command,
+                "token": self.token, "limit_data": self.group is None, "files": self.files, "start_command": self.start_command,
                 "proxy_port": egress.PORT if self.network_allow else 0,
             }  # fmt: skip
             if below is not None:
@@ -216,16 +213,3 @@ class Sandbox:
             self.folder.rmdir()
         if self.below is not None:
             self.below.remove_home(self.id)
-        if self.group is not None:
-            await self._remove_group(self.group)
-
-    async def _remove_group(self, group: Group) -> None:
-        for pause in (0.001, 0.01, 0.1, 0.5, 0):
-            try:
-                group.remove()
-                return
-            except OSError:  # the kernel lets go of the last process a little later
-                if not pause:
-                    raise
-                group.kill()
-                await asyncio.sleep(pause)

@@ -124,7 +124,7 @@ class Node:
         sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
         sandbox.files, sandbox.start_command = template.content.files, template.content.start_command
         try:
-            await sandbox.be_born(await zygote.unborn(), self.tree, self.proxy, self.below)
+            await sandbox.be_born(await zygote.unborn(), self.proxy, self.below)
         except OSError as problem:
             await self._end(sandbox)
             raise Refusal("unavailable", f"The sandbox could not be made: {problem}") from None
@@ -164,7 +164,7 @@ class Node:
             self.templates[name].renew(content)
             return
         template = self.templates[name] = Template(
-            name, content, self.run_dir, self.block, self.forks_limit, self.below
+            name, content, self.run_dir, self.block, self.tree, self.forks_limit, self.below
         )
         self._lives[name] = asyncio.create_task(template.run())
 
@@ -331,7 +331,7 @@ class Node:
 
     async def _try(self) -> None:
         """Make one empty sandbox, to know whether this machine allows it; if not, go on with what it allows."""
-        trial = Zygote(sys.executable, self.run_dir, self.block, entry="probe")
+        trial = Zygote(sys.executable, self.run_dir, self.block, self.tree, entry="probe")
         try:
             await trial.start()
             self.proved = True

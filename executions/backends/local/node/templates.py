@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from node.cgroups import Tree
 from node.ground import Ground
 from node.uids import Block
 from node.zygotes import Zygote
@@ -58,9 +59,17 @@ class Template:
     """`state` is warming, ready, asleep or broken; `detail` says why."""
 
     def __init__(
-        self, name: str, content: Content, run_dir: Path, block: Block | None, forks_limit: int, below: Ground | None
+        self,
+        name: str,
+        content: Content,
+        run_dir: Path,
+        block: Block | None,
+        tree: Tree | None,
+        forks_limit: int,
+        below: Ground | None,
     ) -> None:
-        self.name, self.content, self.run_dir, self.block, self.below = name, content, run_dir, block, below
+        self.name, self.content, self.run_dir, self.below = name, content, run_dir, below
+        self.block, self.tree = block, tree
         self.forks_limit = forks_limit  # sandboxes of one zygote; then a new one takes over
         self._languages = run_dir / "languages" / name  # what it has, for whoever asks without waiting
         self.state, self.detail = "warming", ""
@@ -101,7 +110,7 @@ class Template:
                     continue
                 if not content.warm and self.zygote is None and not await self._wanted_later():
                     continue
-                zygote = Zygote(content.python, self.run_dir, self.block, self.below)
+                zygote = Zygote(content.python, self.run_dir, self.block, self.tree, self.below)
                 try:
                     await zygote.start()
                 except (OSError, ValueError) as problem:

@@ -1,6 +1,7 @@
 """A sandbox before it has a name: forked, mapped, pid 1 of its namespaces, waiting for its plan. One is kept ready.
 
-No guest code has run in it, so it is nobody's yet; what takes longest (two forks, new namespaces) is done.
+No guest code has run in it, so it is nobody's yet; what takes longest (two forks, new namespaces, the way into its
+control groups, each of which waits for the kernel) is done.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from node import ground
+from node.cgroups import Group, Tree
 from node.uids import Block
 
 CREDENTIALS = struct.Struct("iII")
@@ -25,8 +28,8 @@ SECONDS = 10
 
 
 class Unborn:
-    def __init__(self, uid: int | None, reduced: bool) -> None:
-        self.uid, self.reduced = uid, reduced
+    def __init__(self, uid: int | None, reduced: bool, group: Group | None) -> None:
+        self.uid, self.reduced, self.group = uid, reduced, group
         self.pid, self.pidfd = 0, -1
         self._handed: socket.socket | None = None
         self._node, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -34,19 +37,24 @@ class Unborn:
         self._node.setblocking(False)
 
     @classmethod
-    async def prepare(cls, control: socket.socket, plan: dict[str, Any], block: Block | None) -> Unborn:
+    async def prepare(
+        cls, control: socket.socket, plan: dict[str, Any], block: Block | None, tree: Tree | None
+    ) -> Unborn:
         """Have the zygote fork one. OSError with the reason where a namespace cannot be had."""
-        unborn = cls(block.take() if block is not None else None, plan["reduced"])
+        group = tree.create(secrets.token_hex(8)) if tree is not None else None
+        unborn = cls(block.take() if block is not None else None, plan["reduced"], group)
         try:
             socket.send_fds(control, [json.dumps(plan | {"uid": unborn.uid}).encode()], [unborn._theirs.fileno()])
             unborn._theirs.close()
             async with asyncio.timeout(SECONDS):
                 await unborn._expect(b"unshared")
+                if group is not None:
+                    await asyncio.to_thread(group.add, unborn.pid)  # and with it all that it will fork
                 if unborn.uid is not None and not unborn.reduced:
                     Path(f"/proc/{unborn.pid}/uid_map").write_text(f"1000 {unborn.uid} 1")
                     Path(f"/proc/{unborn.pid}/gid_map").write_text(f"1000 {unborn.uid} 1")
                 unborn._node.send(b"mapped")
-                await unborn._expect(b"waiting")  # another process: the first one's child, pid 1 inside
+                await unborn._expect(b"waiting")
         except (OSError, TimeoutError) as problem:
             await unborn.discard(block)
             raise OSError(str(problem) or "the zygote did not answer in time") from None
@@ -82,7 +90,7 @@ class Unborn:
         return (said, pid) if said and pid else (b"", 0)
 
     def pids(self) -> list[int]:
-        """Itself and the first context, which waits with it."""
+        """Itself and its children."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [self.pid, *map(int, children)]
 
@@ -109,7 +117,7 @@ class Unborn:
         self._node.close()
 
     async def discard(self, block: Block | None) -> None:
-        """Kill it and wait for its end."""
+        """Kill it, wait for its end, and remove its control groups."""
         if self.pidfd >= 0:
             if self.reduced:
                 ground.kill_sandbox(self.pid, self.uid)
@@ -122,6 +130,9 @@ class Unborn:
         if block is not None and self.uid is not None:
             block.give_back(self.uid)
             self.uid = None
+        if self.group is not None:
+            group, self.group = self.group, None
+            await _remove(group)
 
 
 async def dead(pidfd: int) -> None:
@@ -133,3 +144,15 @@ async def dead(pidfd: int) -> None:
         await ended
     finally:
         loop.remove_reader(pidfd)
+
+
+async def _remove(group: Group) -> None:
+    for pause in (0.001, 0.01, 0.1, 0.5, 0):
+        try:
+            group.remove()
+            return
+        except OSError:  # the kernel lets go of the last process a little later
+            if not pause:
+                raise
+            group.kill()
+            await asyncio.sleep(pause)

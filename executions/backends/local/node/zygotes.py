@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from node import root
+from node.cgroups import Tree
 from node.ground import Ground
 from node.uids import Block
 from node.unborn import Unborn
@@ -27,9 +28,16 @@ class Zygote:
     """`facts` is what it has; `forks` counts the sandboxes that it has made, `ended` says that its process is gone."""
 
     def __init__(
-        self, python: str, run_dir: Path, block: Block | None, below: Ground | None = None, entry: str = "zygote"
+        self,
+        python: str,
+        run_dir: Path,
+        block: Block | None,
+        tree: Tree | None,
+        below: Ground | None = None,
+        entry: str = "zygote",
     ) -> None:
-        self.python, self.run_dir, self.block, self.below, self.entry = python, run_dir, block, below, entry
+        self.python, self.run_dir, self.below, self.entry = python, run_dir, below, entry
+        self.block, self.tree = block, tree
         self.facts: dict[str, Any] = {}
         self.forks = 0
         self.first_rss_bytes = 0
@@ -113,7 +121,7 @@ class Zygote:
         self.alive()  # forgets the dead
         self._making += 1
         try:
-            spare = self._spares.popleft() if self._spares else await self._prepare()
+            spare = self._spares.popleft() if self._spares else await self._prepare(rehearse=False)
             self._born.add(spare)
         finally:
             self._making -= 1
@@ -130,10 +138,11 @@ class Zygote:
         while len(self._spares) < SPARES and self._control is not None:
             self._spares.append(await self._prepare())
 
-    async def _prepare(self) -> Unborn:
+    async def _prepare(self, *, rehearse: bool = True) -> Unborn:
+        """A new one; where nobody waits for it, it also does now what would make its first cell slow."""
         assert self._control is not None
         self.forks += 1
-        return await Unborn.prepare(self._control, self._plan, self.block)
+        return await Unborn.prepare(self._control, self._plan | {"rehearse": rehearse}, self.block, self.tree)
 
     async def give_up_spares(self) -> None:
         """It makes no more sandboxes; those that live are left alone."""
