@@ -163,16 +163,14 @@ class EventPage(RecordPage):
 @admin.register(Artifact)
 class ArtifactPage(RecordPage):
     list_display = ["name", "run", "mime", "size", "age"]
-    search_fields = ["execution__id__startswith", "name__startswith"]
+    search_fields = ["execution__id__startswith", "sandbox__id__startswith", "name__startswith", "sha256__startswith"]
     ordering = ["-id"]
-    exclude = ["content"]
 
-    def get_queryset(self, request: HttpRequest) -> QuerySet:
-        return super().get_queryset(request).defer("content")
-
-    @display(description="execution")
+    @display(description="of")
     def run(self, row: Artifact) -> Any:
-        return show.link_to("execution", row.execution_id)
+        if row.execution_id:
+            return show.link_to("execution", row.execution_id)
+        return show.link_to("sandbox", row.sandbox_id)
 
     @display(description="size", ordering="size_bytes")
     def size(self, row: Artifact) -> SafeString:

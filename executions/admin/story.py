@@ -37,7 +37,7 @@ def tell(execution: Execution) -> dict[str, Any]:
         "ledger": list(execution.ledger.select_related("quota__team", "quota__agent", "quota__key").order_by("pk")),
         "network": egress.words(execution.sandbox.network_allow) if execution.sandbox else "",
         "egress": list(execution.egress.order_by("pk")[:EVENTS]),
-        "artifacts": list(execution.artifacts.defer("content")),
+        "artifacts": list(execution.artifacts.order_by("name")),
         "env_names": sorted(execution.env),
         "file_names": sorted(execution.files),
     }

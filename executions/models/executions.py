@@ -42,6 +42,8 @@ class Execution(HasLifecycle):
     limits = models.JSONField(
         default=dict, blank=True, help_text="Asked for below the usual: memory_mib, cpu_seconds, output_bytes, results."
     )
+    keep_files = models.JSONField(default=list, blank=True, help_text="Folders and globs that are kept at its end.")
+    kept_said = models.CharField(max_length=300, blank=True, help_text="What was kept at its end, or why not.")
     route = models.JSONField(default=list, help_text="The backends that may run it, in order.")
     cancel_on_disconnect = models.BooleanField(default=False)
     user = models.CharField(max_length=200, blank=True, help_text="The caller's own end user.")
@@ -173,16 +175,30 @@ class Egress(models.Model):
 
 
 class Artifact(models.Model):
-    """A file or rich result that is kept after the sandbox is gone."""
+    """A file that is kept after its sandbox is gone: of one run, or of a session. Its content lies in the store, once."""
 
     id = IdField(prefix="art")
-    execution = models.ForeignKey(Execution, models.CASCADE, related_name="artifacts")
-    name = models.CharField(max_length=255)
+    team = models.ForeignKey(Team, models.PROTECT, related_name="artifacts")
+    sandbox = models.ForeignKey(Sandbox, models.CASCADE, related_name="artifacts")
+    execution = models.ForeignKey(
+        Execution, models.CASCADE, null=True, blank=True, related_name="artifacts", db_index=False
+    )
+    name = models.CharField(max_length=500, help_text="Its path below /home/user, or where it lay elsewhere.")
     mime = models.CharField(max_length=100)
     size_bytes = models.BigIntegerField()
-    sha256 = models.CharField(max_length=64)
-    content = models.BinaryField()
+    sha256 = models.CharField(max_length=64, db_index=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    expires_at = models.DateTimeField(db_index=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["execution", "name"], condition=Q(execution__isnull=False), name="artifact_once_of_execution"
+            ),
+            models.UniqueConstraint(
+                fields=["sandbox", "name"], condition=Q(execution__isnull=True), name="artifact_once_of_session"
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.name

@@ -77,6 +77,13 @@ class Sandbox(HasLifecycle):
     handle = models.JSONField(null=True, blank=True, editable=False)
     state = models.CharField(max_length=10, choices=SandboxState, default=SandboxState.BOOTING, editable=False)
     kept = models.BooleanField(default=False, help_text="A session: state persists between executions.")
+    pool = models.ForeignKey(
+        "Pool", models.PROTECT, null=True, blank=True, related_name="sandboxes", db_index=False,
+        help_text="The pool that made it, or that had none ready for its caller.",
+    )  # fmt: skip
+    made_of = models.CharField(
+        max_length=16, blank=True, editable=False, help_text="Made by the pool: hash of what it was made from."
+    )
     name = models.CharField(max_length=100, blank=True)
     metadata = models.JSONField(default=dict, blank=True)
     env = models.JSONField(default=dict, blank=True)
@@ -84,6 +91,16 @@ class Sandbox(HasLifecycle):
     cpu_count = models.PositiveSmallIntegerField(default=1)
     memory_mib = models.PositiveIntegerField(default=512)
     idle_timeout_seconds = models.PositiveIntegerField(default=300)
+    pause_after_seconds = models.PositiveIntegerField(
+        default=0, help_text="Paused when nothing has run in it for so long; 0: never."
+    )
+    stays_paused = models.BooleanField(default=False, help_text="Paused on request: it does not end idle.")
+    turning_until = models.DateTimeField(
+        null=True, blank=True, help_text="Until then one process pauses it, resumes it or keeps its files."
+    )
+    keep_files = models.JSONField(default=list, blank=True, help_text="Folders and globs that are kept at its end.")
+    collected_at = models.DateTimeField(null=True, blank=True, help_text="When its files had been kept.")
+    kept_said = models.CharField(max_length=300, blank=True, help_text="What was kept at its end, or why not.")
     leased_until = models.DateTimeField(help_text="Its absolute end; the provider's own timeout is never later.")
     last_used_at = models.DateTimeField(default=timezone.now)
     reserved_nano_usd = models.BigIntegerField(default=0, help_text="What it may still cost, set aside.")
@@ -105,6 +122,8 @@ class Sandbox(HasLifecycle):
         indexes = [
             models.Index(fields=["leased_until"], condition=Q(ended_at__isnull=True), name="sandbox_open"),
             models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
+            models.Index(fields=["pool", "state"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_pool"),
+            models.Index(fields=["pool", "created_at"], condition=Q(pool__isnull=False), name="sandbox_of_pool"),
             models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_team"),
             models.Index(
                 fields=["agent", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_agent"
@@ -122,6 +141,11 @@ class Sandbox(HasLifecycle):
 
     def __str__(self) -> str:
         return self.id
+
+    @property
+    def waits(self) -> bool:
+        """Still in its pool: nobody has had it yet."""
+        return bool(self.made_of) and self.state in (SandboxState.BOOTING, SandboxState.IDLE)
 
     @property
     def machine(self) -> dict[str, Any]:

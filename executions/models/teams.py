@@ -90,6 +90,20 @@ class Agent(models.Model):
 
     class Meta:
         constraints = [
+    pause_after_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="Its sessions are paused when nothing has run for so long. 0: never. Empty: as the installation does.",
+    )
+    keep_files = models.JSONField(
+        null=True,
+        blank=True,
+        help_text='Kept as artifacts when a sandbox ends, e.g. ["outputs", "*.csv"]. []: nothing. '
+        "Empty: outputs of sessions, nothing of single runs.",
+    )
+    artifact_days = models.PositiveSmallIntegerField(
+        null=True, blank=True, help_text="How long its artifacts are kept. Empty: as long as the installation says."
+    )
             models.UniqueConstraint(fields=["team", "name"], name="agent_name_once_in_team"),
             models.UniqueConstraint(
                 fields=["team", "person"], condition=Q(person__isnull=False), name="agent_personal_once"

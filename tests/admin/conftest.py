@@ -126,7 +126,14 @@ def one_of_everything(template: Template) -> dict:
         "agent": agent,
         "apikey": key,
         "artifact": Artifact.objects.create(
-            execution=execution, name="a.csv", mime="text/csv", size_bytes=1, sha256="", content=b"x"
+            team=team,
+            sandbox=sandbox,
+            execution=execution,
+            name="a.csv",
+            mime="text/csv",
+            size_bytes=1,
+            sha256="",
+            expires_at=timezone.now(),
         ),
         "attempt": Attempt.objects.create(execution=execution, number=1, backend="scripted", sandbox=sandbox),
         "attestation": Attestation.objects.create(
