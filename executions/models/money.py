@@ -68,14 +68,14 @@ class LedgerEntry(models.Model):
 class Usage(models.Model):
     """What was metered: a stretch of a sandbox's allocated time, with the rate copied in."""
 
-    RUN, BOOT, IDLE = "run", "boot", "idle"
+    RUN, BOOT, IDLE, POOL = "run", "boot", "idle", "pool"  # pool: ready, and claimed by nobody
 
     team = models.ForeignKey(Team, models.PROTECT, related_name="+", db_index=False)
     agent = models.ForeignKey(Agent, models.PROTECT, related_name="+", db_index=False)
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="usage")
     execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="usage")
     backend = models.CharField(max_length=40)
-    kind = models.CharField(max_length=4, choices=[(k, k) for k in (RUN, BOOT, IDLE)])
+    kind = models.CharField(max_length=4, choices=[(k, k) for k in (RUN, BOOT, IDLE, POOL)])
     duration_us = models.BigIntegerField()
     rate_nano_usd_per_second = models.BigIntegerField()
     cost_nano_usd = models.BigIntegerField()
