@@ -75,6 +75,22 @@ class AttemptOutcome(TextChoices):
     LOST = "lost"
 
 
+class BreakerState(TextChoices):
+    """Whether sandboxes are asked for at a backend."""
+
+    CLOSED = "closed"  # all is well
+    OPEN = "open"  # nobody asks until the next try
+    HALF_OPEN = "half_open"  # one probe is under way
+
+
+class PoolTarget(TextChoices):
+    """What says how many sandboxes a pool keeps ready."""
+
+    FIXED = "fixed", "a fixed number"
+    FORECAST = "forecast", "a forecast from the last minutes"
+    HOURS = "hours", "a number for each hour"
+
+
 class EventKind(TextChoices):
     STDOUT = "stdout"
     STDERR = "stderr"
