@@ -16,6 +16,7 @@ SandgateError
 │   └── NoBackend               503
 └── BackendError                a machine said no, or broke
     ├── BackendUnavailable      nothing has run: another backend may be tried
+    │   └── SandboxRefused      for what was asked of it; the backend itself is well
     ├── SandboxLost             the sandbox died; code may have run
     │   └── SandboxOutOfMemory  for the memory that the code had used: theirs
     ├── RunTimedOut             the wall clock; the remote work has been stopped
@@ -181,6 +182,15 @@ class BackendUnavailable(BackendError):  # nothing has run: another backend may 
 
     code = "backend_unavailable"
     status = 503
+
+
+class SandboxRefused(BackendUnavailable):
+    """The backend makes no such sandbox: it does not have the template, or cannot keep what was asked for."""
+
+    code = "sandbox_refused"
+    status = 404
+    theirs = True
+    remedy = "Name a template that GET /api/v1/templates lists, or another route."
 
 
 class SandboxLost(BackendError):

@@ -1,9 +1,19 @@
 """The rows. Each says what is true of itself; the database enforces it."""
 
+from executions.models.backends import BackendState
 from executions.models.base import HasLifecycle, IllegalTransition, new_id
 from executions.models.executions import Artifact, Attempt, Egress, Event, Execution
 from executions.models.money import LedgerEntry, Quota, Rate, Usage
-from executions.models.records import Attestation, AuditEvent, IdempotencyRecord, Package, Refusal, Transition
+from executions.models.pools import Claim, Pool
+from executions.models.records import (
+    Attestation,
+    AuditEvent,
+    IdempotencyRecord,
+    MetricTotal,
+    Package,
+    Refusal,
+    Transition,
+)
 from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
 
@@ -14,6 +24,8 @@ __all__ = [
     "Attempt",
     "Attestation",
     "AuditEvent",
+    "BackendState",
+    "Claim",
     "Egress",
     "Event",
     "Execution",
@@ -22,7 +34,9 @@ __all__ = [
     "IllegalTransition",
     "LedgerEntry",
     "Membership",
+    "MetricTotal",
     "Package",
+    "Pool",
     "Quota",
     "Rate",
     "Refusal",

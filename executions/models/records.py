@@ -131,3 +131,19 @@ class Attestation(models.Model):
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.blocked} blocked, {self.open} open, {self.skipped} skipped"
+
+
+class MetricTotal(models.Model):
+    """A metric of one set of labels, added up over all processes; docs/metrics.md has the names."""
+
+    name = models.CharField(max_length=80)
+    labels = models.CharField(max_length=200, help_text="The values of its labels, in order, as JSON.")
+    part = models.CharField(max_length=8, blank=True, help_text="Of a histogram: the bucket's bound, or sum.")
+    value = models.FloatField(default=0)
+    at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["name", "labels", "part"], name="metric_total_once")]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.labels} {self.part}".strip()

@@ -74,6 +74,10 @@ class Agent(models.Model):
     template = models.ForeignKey(
         "Template", models.PROTECT, null=True, blank=True, help_text="What its sandboxes are made from."
     )
+    stays_here = models.BooleanField(
+        default=False,
+        help_text="Its code and data never leave this machine: backends that are elsewhere are left out.",
+    )
     languages = models.JSONField(default=list, blank=True, help_text="Allowed languages. Empty: every one there is.")
     tools = models.JSONField(default=list, blank=True, help_text="MCP tools it sees. Empty: all.")
     packages = models.JSONField(
@@ -86,10 +90,6 @@ class Agent(models.Model):
     )
     timeout_seconds = models.PositiveIntegerField(default=60, help_text="Of one execution, when it does not say.")
     timeout_max_seconds = models.PositiveIntegerField(default=600, help_text="The most that it may ask for.")
-    created_at = models.DateTimeField(default=timezone.now, editable=False)
-
-    class Meta:
-        constraints = [
     pause_after_seconds = models.PositiveIntegerField(
         null=True,
         blank=True,
@@ -104,6 +104,10 @@ class Agent(models.Model):
     artifact_days = models.PositiveSmallIntegerField(
         null=True, blank=True, help_text="How long its artifacts are kept. Empty: as long as the installation says."
     )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        constraints = [
             models.UniqueConstraint(fields=["team", "name"], name="agent_name_once_in_team"),
             models.UniqueConstraint(
                 fields=["team", "person"], condition=Q(person__isnull=False), name="agent_personal_once"

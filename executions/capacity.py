@@ -1,0 +1,57 @@
+"""What a backend's plan allows: sandboxes made a second, and alive at once, counted over all processes.
+
+OPTIONS of an alias: CREATIONS_PER_SECOND and CONCURRENCY. Neither is set by default: the provider knows its plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.utils import timezone
+
+from executions.models import BackendState, Sandbox
+from executions.states import SandboxState
+
+RETRY_SECONDS = 1  # by then the pace has room again, and a sandbox may have ended
+
+
+def room(alias: str) -> str:
+    """Take one creation at this backend, or say why its plan has no room for it now; empty where it had.
+
+    Call it in the transaction that inserts the sandbox: until it ends nobody else is let in here, and a rollback gives
+    the creation back.
+    """
+    options = settings.SANDBOXES[alias].get("OPTIONS", {})
+    pace, most = options.get("CREATIONS_PER_SECOND") or 0, options.get("CONCURRENCY") or 0
+    if not pace and not most:
+        return ""
+    row = _locked(alias)
+    if most and (alive := _alive(alias)) >= most:
+        return f"has {alive} of the {most} sandboxes that its plan allows at once"
+    return _take(row, pace) if pace else ""
+
+
+def _locked(alias: str) -> Any:
+    rows = BackendState.objects.select_for_update()  # SQLite's transaction is alone already
+    row = rows.filter(alias=alias).first()
+    if row is None:
+        BackendState.objects.bulk_create([BackendState(alias=alias)], ignore_conflicts=True)
+        row = rows.get(alias=alias)
+    return row
+
+
+def _alive(alias: str) -> int:
+    """What the provider counts: all but the paused, those included whose end it has not confirmed."""
+    return Sandbox.objects.open().filter(backend=alias).exclude(state=SandboxState.PAUSED).count()
+
+
+def _take(row: BackendState, pace: float) -> str:
+    """One of the `pace` creations of any one second; of a slower pace, one in 1/pace seconds."""
+    now = timezone.now().timestamp()
+    count = max(1, int(pace))
+    recent = [at for at in row.creations if now - count / pace < at <= now]
+    if len(recent) >= count:
+        return f"makes {pace:g} sandboxes a second by its plan, and has just made as many"
+    BackendState.objects.filter(alias=row.alias).update(creations=[*recent, now])
+    return ""
