@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from executions.backends.local import http
-from executions.errors import BackendError, BackendUnavailable, SandboxLost, SandboxOutOfMemory
+from executions.errors import BackendError, BackendUnavailable, SandboxLost, SandboxOutOfMemory, SandboxRefused
 
 NODE_SECONDS = 90  # a template may warm up first, and run its start command
 LOST = {"out_of_memory": SandboxOutOfMemory}
@@ -37,7 +37,9 @@ class Link:
             return answer
         if answer["error"] == "lost":
             raise LOST.get(answer.get("reason"), SandboxLost)(answer["detail"])
-        if answer["error"] in ("unavailable", "invalid", "exists"):
+        if answer["error"] in ("refused", "invalid", "exists"):
+            raise SandboxRefused(answer["detail"])
+        if answer["error"] == "unavailable":
             raise BackendUnavailable(answer["detail"])
         raise BackendError(answer["detail"])
 

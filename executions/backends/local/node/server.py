@@ -113,10 +113,10 @@ class Node:
         template, zygote = await self._ready(request.get("template"))
         if ISOLATION.index(self.isolation) < ISOLATION.index(request.get("floor", "none")):
             raise Refusal(
-                "unavailable", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for."
+                "refused", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for."
             )
         if self.below is not None and request.get("network_allow"):
-            raise Refusal("unavailable", "The reduced mode has no network.")
+            raise Refusal("refused", "The reduced mode has no network.")
         try:
             network.Rules(request.get("network_allow", []))
         except ValueError as problem:
@@ -139,13 +139,13 @@ class Node:
         template = self.templates.get(name)
         if template is None:
             known = ", ".join(self.templates) or "none"
-            raise Refusal("unavailable", f"This node has no template {name!r}; it has: {known}.")
+            raise Refusal("refused", f"This node has no template {name!r}; it has: {known}.")
         try:
             return template, await asyncio.wait_for(template.ready(), READY_SECONDS)
         except TimeoutError:
-            raise Refusal("unavailable", f"Template {name} is still warming up; try again in a minute.") from None
+            raise Refusal("refused", f"Template {name} is still warming up; try again in a minute.") from None
         except OSError as problem:
-            raise Refusal("unavailable", f"Template {name} is {template.state}: {problem}") from None
+            raise Refusal("refused", f"Template {name} is {template.state}: {problem}") from None
 
     async def template(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have a template as the request says, from now on; without python and absent it is let go."""
