@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
-from django.db import connection
 from django.db.models import Q
 from django.utils import timezone
 
@@ -98,21 +97,23 @@ def settle(budgets: list[int], *, release: int = 0, spend: int = 0) -> None:
         hot.settle(quota_id, release, spend)
 
 
-def in_use(quota: Quota) -> int:
-    """What counts against a quota now: open rows for the concurrent units, the counter for the others."""
+def in_use(quota: Quota, *, lock: bool = False) -> int:
+    """What counts against a quota now: open rows for the concurrent units, the counter for the others.
+
+    With `lock`, nobody else can be admitted against it until the transaction ends.
+    """
+    locked = quota.pk if lock else None
     table = CONCURRENT.get(quota.unit)
     if table is None:
         return quota.used
     for scope in ("key", "agent", "team"):
         if owner := getattr(quota, f"{scope}_id"):
-            return hot.count_open(table, scope, owner)
-    return hot.count_open(table, None, None)
+            return hot.count_open(table, scope, owner, locked=locked)
+    return hot.count_open(table, None, None, locked=locked)
 
 
 def _take_open(quota: Quota, asked: int) -> None:
-    if connection.features.has_select_for_update:  # SQLite's transaction is alone already
-        Quota.objects.select_for_update().get(pk=quota.pk)
-    used = in_use(quota)
+    used = in_use(quota, lock=True)
     if used + asked > quota.limit:
         raise QuotaExceeded(
             f"{quota.scope_name} is at {used} of {quota.limit} {quota.get_unit_display().lower()}.",

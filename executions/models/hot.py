@@ -5,15 +5,88 @@ Each has its ORM twin in tests/test_hot.py, which is held to give the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from django.db import connection, models
 from django.db.models.query import get_related_populators
 
 AT_ONCE = 200  # rows of one INSERT
+
+
+_held: ContextVar[list[tuple[str, list[Any]]] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Hold back what is only written, and send it with the next statement that has an answer, or at the end.
+
+    PostgreSQL takes them all in one round trip; SQLite has none to save. A statement that must see them runs outside.
+    """
+    if connection.vendor != "postgresql" or _held.get() is not None:
+        yield
+        return
+    held: list[tuple[str, list[Any]]] = []
+    mine = _held.set(held)
+    try:
+        yield
+        if held:
+            _send(held)
+    finally:
+        _held.reset(mine)
+
+
+def _write(statement: str, values: Sequence[Any]) -> None:
+    held = _held.get()
+    if held is None:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, values)
+    else:
+        held.append((statement, list(values)))
+
+
+def _count(statement: str, values: Sequence[Any]) -> int:
+    """How many rows it has changed."""
+    held = _held.get()
+    if held is None:
+        held = []
+    held.append((statement, list(values)))
+    return _send(held)
+
+
+def _send(held: list[tuple[str, list[Any]]]) -> int:
+    """Send them all; how many rows the last one has changed."""
+    several = len(held) > 1
+    with connection.cursor() as cursor:
+        if several:
+            cursor.execute(_joined(held))
+        else:
+            cursor.execute(*held[0])
+        held.clear()
+        while several and cursor.nextset():
+            pass
+        return cursor.rowcount
+
+
+def _joined(held: list[tuple[str, list[Any]]]) -> bytes:
+    """One text for PostgreSQL, as its driver would make it; the driver takes statements of this length apart each time."""
+    from psycopg.adapt import Transformer
+
+    literal = Transformer(connection.connection).as_literal
+    texts = []
+    for statement, values in held:
+        first, *rest = _pieces(statement)
+        texts.append(first + b"".join(literal(value) + piece for value, piece in zip(values, rest, strict=True)))
+    return b"; ".join(texts)
+
+
+@lru_cache(500)
+def _pieces(statement: str) -> list[bytes]:
+    return [piece.encode() for piece in statement.split("%s")]
 
 
 @cache
@@ -34,8 +107,7 @@ def insert(rows: Sequence[models.Model]) -> None:
         batch = rows[start : start + AT_ONCE]
         statement, places, fields = _insertion(type(batch[0]), connection.vendor)
         values = [_adapted(f.get_db_prep_save(f.pre_save(row, True), connection)) for row in batch for f in fields]
-        with connection.cursor() as cursor:
-            cursor.execute(statement + ", ".join([places] * len(batch)), values)
+        _write(statement + ", ".join([places] * len(batch)), values)
         for row in batch:
             row._state.adding = False
             row._state.db = connection.alias
@@ -87,15 +159,15 @@ def _adapted(value: Any) -> Any:
 
 def change(row: models.Model, fields: dict[str, Any], *, by: Sequence[str] = ("id",)) -> None:
     """Set columns of the row that is found by these columns, whatever its state."""
-    _update(row, fields, {name: getattr(row, name) for name in by})
+    _write(*_update(row, fields, {name: getattr(row, name) for name in by}))
 
 
 def move(row: models.Model, before: str, fields: dict[str, Any]) -> bool:
     """Set columns of a row that is still in the state `before`; False when it is not, and nothing has changed."""
-    return _update(row, fields, {"id": row.pk, "state": str(before)}) == 1
+    return _count(*_update(row, fields, {"id": row.pk, "state": str(before)})) == 1
 
 
-def _update(row: models.Model, fields: dict[str, Any], where: dict[str, Any]) -> int:
+def _update(row: models.Model, fields: dict[str, Any], where: dict[str, Any]) -> tuple[str, list[Any]]:
     meta: Any = row._meta
     quote = connection.ops.quote_name
     columns, values = [], []
@@ -104,26 +176,31 @@ def _update(row: models.Model, fields: dict[str, Any], where: dict[str, Any]) ->
         columns.append(f"{quote(field.column)} = %s")
         values.append(_adapted(field.get_db_prep_save(value, connection)))
     found = " AND ".join(f"{quote(column)} = %s" for column in where)
-    statement = f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {found}"
-    with connection.cursor() as cursor:
-        cursor.execute(statement, [*values, *where.values()])
-        return cursor.rowcount
+    return f"UPDATE {quote(meta.db_table)} SET {', '.join(columns)} WHERE {found}", [*values, *where.values()]
 
 
 def _moment(at: datetime) -> Any:
     return connection.ops.adapt_datetimefield_value(at)
 
 
-def count_open(table: str, scope: str | None, scope_id: Any) -> int:
-    """Rows without an end in `table` ("execution" or "sandbox") of one team, agent or key; of all for scope None."""
+def count_open(table: str, scope: str | None, scope_id: Any, *, locked: int | None = None) -> int:
+    """Rows without an end in `table` ("execution" or "sandbox") of one team, agent or key; of all for scope None.
+
+    With the id of a quota, others who count against it wait from here to the end of the transaction.
+    """
     tables = {"execution": "executions_execution", "sandbox": "executions_sandbox"}
     columns = {"team": "team_id", "agent": "agent_id", "key": "key_id"}
-    statement = f"SELECT COUNT(*) FROM {tables[table]} WHERE ended_at IS NULL"
+    statement, values = f"SELECT COUNT(*) FROM {tables[table]} WHERE ended_at IS NULL", []
+    if scope is not None:
+        statement, values = f"{statement} AND {columns[scope]} = %s", [scope_id]
+    locks = locked is not None and connection.features.has_select_for_update  # SQLite's transaction is alone already
+    if locks:
+        statement = f"SELECT 1 FROM executions_quota WHERE id = %s FOR UPDATE; {statement}"
+        values.insert(0, locked)
     with connection.cursor() as cursor:
-        if scope is None:
-            cursor.execute(statement)
-        else:
-            cursor.execute(f"{statement} AND {columns[scope]} = %s", [scope_id])
+        cursor.execute(statement, values)
+        if locks:
+            cursor.nextset()
         return cursor.fetchone()[0]
 
 
@@ -145,15 +222,13 @@ def take(quota_id: int, column: str, amount: int) -> bool:
         "used": "UPDATE executions_quota SET used = used + %s WHERE id = %s AND used + reserved + %s <= {limit}",
         "reserved": "UPDATE executions_quota SET reserved = reserved + %s WHERE id = %s AND used + reserved + %s <= {limit}",
     }
-    with connection.cursor() as cursor:
-        cursor.execute(statements[column].format(limit=connection.ops.quote_name("limit")), [amount, quota_id, amount])
-        return cursor.rowcount == 1
+    limit = connection.ops.quote_name("limit")
+    return _count(statements[column].format(limit=limit), [amount, quota_id, amount]) == 1
 
 
 def settle(quota_id: int, release: int, spend: int) -> None:
     """Give back what a quota had set aside, and book what was spent."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "UPDATE executions_quota SET reserved = reserved - %s, used = used + %s WHERE id = %s",
-            [release, spend, quota_id],
-        )
+    _write(
+        "UPDATE executions_quota SET reserved = reserved - %s, used = used + %s WHERE id = %s",
+        [release, spend, quota_id],
+    )

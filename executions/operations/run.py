@@ -170,6 +170,7 @@ class Run:
         sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
 
     @transaction.atomic(durable=True)
+    @hot.together()
     def _mark_running(self, sandbox: Sandbox, handle: Handle) -> None:
         """From here on the code may have run: no fallback any more."""
         now = timezone.now()
@@ -325,6 +326,7 @@ class Run:
             retire_when_killed(sandbox, killing)
 
     @transaction.atomic(durable=True)
+    @hot.together()
     def _settle(self, state: str, columns: dict, outcome: str, ended_at: Any, end_reason: str, gone: bool) -> None:
         """The last batch, the usage, the money, the terminal state and the sandbox's next one: all of it or nothing."""
         execution, sandbox = self.execution, self.execution.sandbox

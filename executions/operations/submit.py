@@ -42,6 +42,7 @@ def submit(*, caller: Caller, request: Submission, idempotency_key: str | None =
 
 
 @transaction.atomic(durable=True)
+@hot.together()
 def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> Execution:
     agent = caller.agent
     assert agent is not None
