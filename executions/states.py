@@ -144,9 +144,21 @@ class Unit(TextChoices):
     CONCURRENT_EXECUTIONS = "concurrent_executions"
     CONCURRENT_SANDBOXES = "concurrent_sandboxes"
     NANO_USD = "nano_usd", "money"
+    COMPUTE_SECONDS = "compute_seconds"  # allocated to sandboxes, rounded up for each
+    CREATIONS = "creations"  # of sandboxes
+    BYTES_STORED = "bytes_stored"  # of artifacts
+
+
+class WhenExhausted(TextChoices):
+    """What becomes of a request that a quota has no room for."""
+
+    REFUSE = "refuse", "refuse it"
+    WAIT = "wait", "let it wait its turn"
+    LOCAL = "local", "run it on this machine"
 
 
 class Window(TextChoices):
+    SECOND = "second"
     MINUTE = "minute"
     HOUR = "hour"
     DAY = "day"

@@ -62,6 +62,8 @@ class Execution(HasLifecycle):
     error_value = models.TextField(blank=True)
     cancel_requested_at = models.DateTimeField(null=True, blank=True)
     cancel_reason = models.CharField(max_length=200, blank=True)
+    waits_for = models.CharField(max_length=300, blank=True, help_text="Why it was not started at once.")
+    waits_until = models.DateTimeField(null=True, blank=True, help_text="Not started by then, it is refused.")
     heartbeat_at = models.DateTimeField(null=True, blank=True, help_text="The runner's sign of life.")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -89,6 +91,7 @@ class Execution(HasLifecycle):
             models.Index(fields=["key", "ended_at"], condition=Q(ended_at__isnull=True), name="execution_open_of_key"),
             models.Index(fields=["agent", "-created_at"], name="execution_of_agent"),
             models.Index(fields=["heartbeat_at"], condition=Q(ended_at__isnull=True), name="execution_open"),
+            models.Index(fields=["created_at"], condition=Q(state="queued"), name="execution_waiting"),
             models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
             models.Index(fields=["created_at"], name="execution_by_time"),
             models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),

@@ -9,7 +9,7 @@ from django.utils import timezone
 from executions.models.executions import Execution
 from executions.models.sandboxes import Sandbox
 from executions.models.teams import Agent, ApiKey, Team
-from executions.states import Unit, Window
+from executions.states import Unit, WhenExhausted, Window
 
 
 class Quota(models.Model):
@@ -21,22 +21,41 @@ class Quota(models.Model):
     team = models.ForeignKey(Team, models.CASCADE, null=True, blank=True, related_name="quotas")
     agent = models.ForeignKey(Agent, models.CASCADE, null=True, blank=True, related_name="quotas")
     key = models.ForeignKey(ApiKey, models.CASCADE, null=True, blank=True, related_name="quotas")
+    user = models.CharField(max_length=200, blank=True, help_text="Only what runs for this end user of the caller's.")
+    workflow = models.CharField(max_length=100, blank=True, help_text="Only what runs in this workflow.")
+    backend = models.CharField(max_length=40, blank=True, help_text="Only what runs on this alias.")
     unit = models.CharField(max_length=24, choices=Unit)
     window = models.CharField(max_length=8, choices=Window, default=Window.TOTAL)
     limit = models.BigIntegerField(help_text="Nano-dollars for a budget: 5000000000 is $5.")
     used = models.BigIntegerField(default=0, editable=False)
     reserved = models.BigIntegerField(default=0, editable=False)
     window_started_at = models.DateTimeField(default=timezone.now, editable=False)
+    soft_percent = models.PositiveSmallIntegerField(
+        default=80, help_text="From this part of the limit on it is shown as nearly exhausted."
+    )
+    when_exhausted = models.CharField(max_length=6, choices=WhenExhausted, default=WhenExhausted.REFUSE)
+    max_wait_seconds = models.PositiveIntegerField(default=60, help_text="For those that wait; then they are refused.")
+    raised_by = models.BigIntegerField(default=0, help_text="On top of the limit, until the moment below.")
+    raised_until = models.DateTimeField(null=True, blank=True)
+    raised_why = models.CharField(max_length=200, blank=True, help_text="Who wanted it, and for what.")
 
     class Meta:
         constraints = [
             models.CheckConstraint(condition=Q(unit__in=Unit.values), name="quota_unit_known"),
             models.CheckConstraint(condition=Q(window__in=Window.values), name="quota_window_known"),
             models.CheckConstraint(condition=Q(limit__gte=0, used__gte=0, reserved__gte=0), name="quota_not_negative"),
+            models.CheckConstraint(
+                condition=Q(raised_by=0) | Q(raised_by__gt=0, raised_until__isnull=False), name="quota_raise_ends"
+            ),
+            models.CheckConstraint(condition=Q(soft_percent__lte=100), name="quota_soft_below_limit"),
         ]
 
     def __str__(self) -> str:
         return f"{self.scope_name}: {self.get_unit_display()} per {self.window}"
+
+    @property
+    def is_global(self) -> bool:
+        return self.team_id is None and self.agent_id is None and self.key_id is None
 
     @property
     def scope_name(self) -> str:

@@ -31,7 +31,9 @@ class Pool(models.Model):
     )
     at_most = models.PositiveSmallIntegerField(default=20, help_text="The most that a forecast keeps ready.")
     hours = models.JSONField(
-        default=list, blank=True, help_text="By the hour: 24 numbers, the first from midnight in the installation's zone."
+        default=list,
+        blank=True,
+        help_text="By the hour: 24 numbers, the first from midnight in the installation's zone.",
     )
     zero_after_seconds = models.PositiveIntegerField(
         default=0, help_text="Without a request for so long, nothing is kept ready until the next one. 0: never."
@@ -47,7 +49,9 @@ class Pool(models.Model):
     )
     failures = models.PositiveSmallIntegerField(default=0, editable=False, help_text="Boots in a row that failed.")
     retry_at = models.DateTimeField(null=True, blank=True, editable=False)
-    trouble = models.CharField(max_length=500, blank=True, editable=False, help_text="Why it holds less than it should.")
+    trouble = models.CharField(
+        max_length=500, blank=True, editable=False, help_text="Why it holds less than it should."
+    )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     class Meta:
@@ -91,7 +95,9 @@ class Claim(models.Model):
     took_us = models.PositiveIntegerField(help_text="From the question to the sandbox, within the admission.")
     reserved_nano_usd = models.BigIntegerField(help_text="On the pool's account, until it is settled.")
     reserved_on = models.JSONField(default=list, blank=True)
-    spent_nano_usd = models.BigIntegerField(null=True, blank=True, help_text="Of boot and waiting; empty until settled.")
+    spent_nano_usd = models.BigIntegerField(
+        null=True, blank=True, help_text="Of boot and waiting; empty until settled."
+    )
 
     class Meta:
         indexes = [
