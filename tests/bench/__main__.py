@@ -1,7 +1,9 @@
 """`make bench`: what is measured side by side in one run, as a table in Markdown.
 
-The server is pinned to the first core and the load to the second, where there are two; figures are comparable within one
-run only, so the ratios are what counts.
+    python -m tests.bench [node | plane]
+
+Figures are comparable within one run only, so the ratios are what counts. In the part `plane` the server is pinned to the
+first core and the load to the second, where there are two.
 """
 
 from __future__ import annotations
@@ -9,108 +11,36 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
-import shutil
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests import servers
-from tests.bench.load import Figures, drive, one, percentile, request
-from tests.node import RunningNode, running_node
+from tests.bench import node as at_node
+from tests.bench import peers
+from tests.bench.load import Figures, drive, one, request
+from tests.bench.node import CELL, SMALL
+from tests.bench.table import HEAD, at_most, show, times
+from tests.node import running_node
 from tests.product import HOME, environment
 
-CELL = "import numpy as np, pandas as pd; pd.DataFrame({'a': np.arange(1000)}).a.sum()"
-SMALL = "1 + 1"
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "200"))
 SECONDS = float(os.environ.get("BENCH_SECONDS", "8"))
-table: list[tuple[str, str, str, str]] = []
-
-
-def show(what: str, figures: Figures, beside: str = "") -> Figures:
-    row = (what, f"{figures.p50_ms:.2f}", f"{figures.p95_ms:.2f}", beside or f"{figures.rate:.0f}/s")
-    table.append(row)
-    print("| " + " | ".join(row) + " |", flush=True)
-    if figures.failed:
-        sys.exit(f"{what}: {figures.failed} failed")
-    return figures
-
-
-def timed(taken: list[float]) -> Figures:
-    taken.sort()
-    return Figures(len(taken) / sum(taken), percentile(taken, 0.5) * 1000, percentile(taken, 0.95) * 1000, 0)
-
-
-# The node
-
-
-async def fresh_and_warm(node: RunningNode) -> None:
-    from executions.backends.base import SandboxSpec
-
-    backend = node.backend
-
-    async def run(handle, code) -> None:
-        kinds = [event.kind async for event in backend.run_code(handle, code, timeout_seconds=30)]
-        assert kinds.count("result") == 1, kinds
-
-    async def fresh() -> float:
-        began = time.perf_counter()
-        handle = await backend.create(SandboxSpec(f"bench{secrets.token_hex(8)}", "default", 60))
-        await run(handle, CELL)
-        took = time.perf_counter() - began
-        await backend.kill(handle)
-        return took
-
-    await fresh()
-    show("fresh sandbox to first result (numpy, pandas), at the node", timed([await fresh() for _ in range(ROUNDS)]))
-    handle = await backend.create(SandboxSpec(f"bench{secrets.token_hex(8)}", "default", 120))
-    taken = []
-    for _ in range(ROUNDS + 10):
-        began = time.perf_counter()
-        await run(handle, SMALL)
-        taken.append(time.perf_counter() - began)
-    show("warm cell, at the node", timed(taken[10:]))
-    await backend.kill(handle)
-
-
-def bwrap_per_run(python: Path) -> None:
-    """`bwrap … python -c` for each run, with the same interpreter and the same cell."""
-    folder = HOME / "var" / "bench"
-    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
-    marker = folder / "pyvenv.cfg"
-    if not marker.exists():
-        subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(folder)], check=True)
-    peers = [uv, "pip", "install", "-q", "--python", str(folder), "-r", str(HOME / "tests/bench/peers.txt")]
-    subprocess.run(peers, check=True)
-    bwrap = next(folder.rglob("_bin/bwrap"))
-    flags = "--ro-bind / / --dev /dev --proc /proc --tmpfs /run --unshare-all --die-with-parent".split()
-
-    def run(code: str) -> float:
-        began = time.perf_counter()
-        subprocess.run(
-            [bwrap, *flags, python, "-c", f"print({code!r})" if code is SMALL else code], check=True, stdout=-3
-        )
-        return time.perf_counter() - began
-
-    run(CELL)
-    show("bwrap … python3 per run, numpy and pandas imported", timed([run(CELL) for _ in range(max(5, ROUNDS // 20))]))
-    show("bwrap … python3 per run, nothing imported", timed([run(SMALL) for _ in range(max(5, ROUNDS // 10))]))
-
 
 # The plane
 
 
 @contextmanager
-def server(data: Path, database: str, python: Path | None, **more: str):
-    """`manage.py serve` on the first core; yields (port, key)."""
+def server(data: Path, database: str, python: Path | None, *, pinned: bool = False, **more: str):
+    """`manage.py serve`; yields (port, key)."""
     from tests.product import start
 
     product = start(data, servers.free_port(), python, DATABASE_URL=database, SANDGATE_LOG_LEVEL="WARNING", **more)
-    for task in Path(f"/proc/{product.process.pid}/task").iterdir():
-        _pin(int(task.name), 0)
     try:
+        if pinned:
+            _pin(0, 1)
+            for task in Path(f"/proc/{product.process.pid}/task").iterdir():
+                _pin(int(task.name), 0)
         yield int(product.url.rsplit(":", 1)[1]), product.key
     finally:
         servers.end(product.process)
@@ -134,13 +64,16 @@ async def session(port: int, key: str, route: str) -> str:
     return json.loads(answer)["id"]
 
 
-async def through_rest(port: int, key: str) -> None:
+async def through_rest(port: int, key: str) -> Figures:
+    """A warm cell's figures."""
     kept = await session(port, key, "local")
-    warm = posted(key, code=SMALL, session_id=kept)
-    await drive(port, warm, clients=1, seconds=1)
-    show("warm cell through REST, with its full record", await drive(port, warm, clients=1, seconds=SECONDS))
+    raw = posted(key, code=SMALL, session_id=kept)
+    await drive(port, raw, clients=1, seconds=1)
+    warm = await drive(port, raw, clients=1, seconds=SECONDS)
+    show("warm cell through REST, with its full record", warm, aim=at_most(10, warm.p50_ms))
     fresh = posted(key, code=CELL, route=["local"])
     show("fresh sandbox through REST, with its full record", await drive(port, fresh, clients=1, seconds=SECONDS))
+    return warm
 
 
 async def governed(port: int, key: str, database: str) -> None:
@@ -174,6 +107,29 @@ def allow_much(data: Path, database: str) -> None:
     )
 
 
+def local_runtime(python: Path) -> None:
+    """The node and REST beside their peers, and how they compare."""
+    with running_node(python) as node:
+        fresh, warm = asyncio.run(at_node.measure(node))
+    with servers.folder() as data, server(data, f"sqlite:///{data}/bench.sqlite3", python) as (port, key):
+        rest = asyncio.run(through_rest(port, key))
+    found = peers.measure()
+    gateway = found["gateway"]
+    times("a fresh sandbox, beside the Gateway's new kernel", fresh.p50_ms, gateway["new"].p50_ms, 20)
+    times(
+        "the same, where the Gateway's kernel need not import",
+        fresh.p50_ms,
+        gateway["new, nothing imported"].p50_ms,
+        20,
+    )
+    times("a warm cell at the node, beside the Gateway's", warm.p50_ms, gateway["warm"].p50_ms, 20)
+    times("warm cells through REST at one client, beside the Gateway's", 1 / rest.rate, 1 / gateway["warm"].rate, 4)
+    quick = found["gateway-nodelay"]["warm"]
+    times("a warm cell at the node, beside the Gateway's with TCP_NODELAY", warm.p50_ms, quick.p50_ms)
+    times("a fresh sandbox, beside bwrap with the same imports", fresh.p50_ms, found["bwrap"]["new"].p50_ms)
+    times("a fresh sandbox, beside sandlock with the same imports", fresh.p50_ms, found["sandlock"]["new"].p50_ms)
+
+
 def main() -> None:
     import django
 
@@ -183,25 +139,18 @@ def main() -> None:
 
     named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
     python = Path(named) if named else templates.make(HOME / "var" / "templates")
-    print("| what | p50 ms | p95 ms | rate, and of a trivial view |\n|---|---|---|---|")
+    print(HEAD)
     part = sys.argv[1] if len(sys.argv) > 1 else "all"
-    _pin(0, 1)
     if part in ("all", "node"):
-        with running_node(python) as node:
-            for task in Path(f"/proc/{node.process.pid}/task").iterdir():
-                _pin(int(task.name), 0)
-            asyncio.run(fresh_and_warm(node))
-        bwrap_per_run(python)
-        with servers.folder() as data, server(data, f"sqlite:///{data}/bench.sqlite3", python) as (port, key):
-            asyncio.run(through_rest(port, key))
+        local_runtime(python)
     if part in ("all", "plane"):
         with servers.folder() as data:
             database = f"sqlite:///{data}/bench.sqlite3"
-            with server(data, database, python, SANDGATE_SCRIPTED="true") as (port, key):
+            with server(data, database, python, pinned=True, SANDGATE_SCRIPTED="true") as (port, key):
                 allow_much(data, database)
                 asyncio.run(governed(port, key, "SQLite"))
         with servers.postgresql() as database, servers.folder() as data:
-            with server(data, database, python, SANDGATE_SCRIPTED="true") as (port, key):
+            with server(data, database, python, pinned=True, SANDGATE_SCRIPTED="true") as (port, key):
                 allow_much(data, database)
                 asyncio.run(governed(port, key, "PostgreSQL"))
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.bench.__main__ import HOME
 from tests.local.attack import descendants
 from tests.node import RunningNode, running_node
+from tests.product import HOME
 
 SANDBOXES = int(os.environ.get("SOAK_SANDBOXES", "10000"))
 AT_ONCE = 3
