@@ -182,6 +182,10 @@ BACKGROUND_SECONDS = 2.0  # how often the background loop looks
 RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)
 DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
 
+METRICS_TOKEN = env.str("SANDGATE_METRICS_TOKEN", default="")
+if 0 < len(METRICS_TOKEN) < 16:
+    MISTAKES.append("SANDGATE_METRICS_TOKEN: shorter than 16 characters; openssl rand -hex 24 makes one.")
+
 LANGUAGE_CODE = "en-us"
 TIME_ZONE = "UTC"
 USE_TZ = True

@@ -55,6 +55,7 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("Egress", "north_east", "egress"),
             ("Idempotency", "repeat_one", "idempotencyrecord"),
             ("Sign-in links", "login", "signinlink"),
+            ("Metrics", "monitoring", "metrictotal"),
         ],
     ),
 ]

@@ -13,7 +13,7 @@ from unfold.decorators import display
 
 from executions.admin import filters, show
 from executions.admin.base import RecordPage
-from executions.models import AuditEvent, IdempotencyRecord, Package, Refusal, SignInLink
+from executions.models import AuditEvent, IdempotencyRecord, MetricTotal, Package, Refusal, SignInLink
 
 
 @admin.register(Refusal)
@@ -157,3 +157,14 @@ class SignInLinkPage(RecordPage):
     @display(description="used", ordering="used_at")
     def used(self, row: SignInLink) -> Any:
         return show.when(row.used_at)
+
+
+@admin.register(MetricTotal)
+class MetricTotalPage(RecordPage):
+    list_display = ["name", "labels", "part", "value", "age"]
+    search_fields = ["name__startswith", "labels"]
+    ordering = ["name", "labels", "id"]
+
+    @display(description="age", ordering="at")
+    def age(self, row: MetricTotal) -> Any:
+        return show.when(row.at)

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from executions.api import executions, problems, reading, sessions
+from executions.api import executions, metrics, problems, reading, sessions
 
 
 def schema(request):
@@ -32,6 +32,7 @@ urlpatterns = [
     path("api/v1/refusals", reading.refusals),
     path("healthz", reading.healthz),
     path("readyz", reading.readyz),
+    path("metrics", metrics.metrics),
     path("api/schema", schema, name="schema"),
     path("api/docs", docs, name="docs"),
     path("api/v1/<path:rest>", problems.not_found),

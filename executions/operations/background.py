@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from django.conf import settings
 
+from executions import metrics
+from executions.hop import rows
 from executions.operations import templates
 from executions.operations.reap import kill_orphans, reap
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
+METRICS_EVERY = 2
+LAG_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
 
 async def background() -> None:
     """Reap, and keep the nodes' templates as their rows say, for ever; a round that fails is logged. Ends by being cancelled."""
     try:
-        await asyncio.gather(_rounds(_reap), _rounds(_kill_orphans, every=ORPHANS_EVERY), _rounds(templates.sync))
+        await asyncio.gather(
+            _rounds("reap", _reap),
+            _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
+            _rounds("templates", templates.sync),
+            _rounds("metrics", _flush, every=METRICS_EVERY),
+            _measure_lag(),
+        )
     finally:
         await templates.stop_building()
+        await _flush()
 
 
-async def _rounds(work: Callable[[], Awaitable[None]], *, every: int = 1) -> None:
+async def _rounds(name: str, work: Callable[[], Awaitable[None]], *, every: int = 1) -> None:
     while True:
         await asyncio.sleep(settings.BACKGROUND_SECONDS * every)
         try:
             await work()
+            metrics.note("sandgate_background_last_success_timestamp_seconds", name, value=time.time())
         except Exception:
-            log.exception("background_round_failed")
+            log.exception("background_round_failed", extra={"loop": name})
 
 
 async def _reap() -> None:
@@ -40,3 +53,15 @@ async def _reap() -> None:
 async def _kill_orphans() -> None:
     if killed := await kill_orphans():
         log.warning("orphans_killed", extra={"sandboxes": killed})
+
+
+async def _flush() -> None:
+    await rows(metrics.flush)
+
+
+async def _measure_lag() -> None:
+    """How late this process' event loop is: what blocks it delays every run and every answer."""
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(LAG_SECONDS)
+        metrics.observe("sandgate_event_loop_lag_seconds", seconds=time.monotonic() - began - LAG_SECONDS)

@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
-from executions import backends, egress, ledger
+from executions import backends, egress, ledger, metrics
 from executions.errors import BackendError
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
@@ -149,6 +149,7 @@ async def reap(*, orphans: bool = True) -> int:
     for execution in await rows(find_stale):
         try:
             await rows(close_stale, execution)
+            metrics.ended(execution)
             mended += 1
         except IllegalTransition:
             continue
@@ -175,12 +176,17 @@ async def kill_orphans() -> int:
         except (BackendError, OSError, TimeoutError):
             continue
         ended = await rows(_ended_among, [item.sandbox_id for item in listed])
+        left = 0
         for item in listed:
             if item.sandbox_id in ended:
                 try:
-                    killed += await backend.kill(item.handle)
+                    with metrics.asking("kill", alias):
+                        killed += await backend.kill(item.handle)
+                    metrics.add("sandgate_orphans_killed_total", alias)
                 except (BackendError, OSError, TimeoutError):
+                    left += 1
                     log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": alias})
+        metrics.note("sandgate_sandboxes_leaked", alias, value=left)
     return killed
 
 

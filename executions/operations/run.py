@@ -13,7 +13,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, egress, journal, ledger
+from executions import backends, egress, journal, ledger, metrics
 from executions.backends.base import EgressRecord, Handle, Limits, SandboxSpec
 from executions.backends.base import Event as Said
 from executions.errors import (
@@ -129,7 +129,8 @@ class Run:
         while True:
             backend = backends.get(sandbox.backend)
             try:
-                handle = await self._stoppable(backend.create(spec_of(sandbox)))
+                with metrics.asking("create", sandbox.backend):
+                    handle = await self._stoppable(backend.create(spec_of(sandbox)))
                 await rows(self._mark_running, sandbox, handle)
                 return handle
             except BackendUnavailable as e:
@@ -319,6 +320,7 @@ class Run:
         gone = killing is not None and killing.done() and killing.result()
         reason = EndReason.LOST if lost else EndReason.FINISHED
         await rows(self._settle, state, columns, outcome, ended_at, reason if killing else "", gone)
+        metrics.ended(self.execution)
         await journal.ring(self.execution.pk)
         if killing and not gone:
             from executions.operations.reap import retire_when_killed
@@ -388,9 +390,10 @@ async def kill(sandbox: Sandbox) -> bool:
     """Ask the backend to end the sandbox; False when it did not confirm."""
     backend = backends.get(sandbox.backend)
     try:
-        if sandbox.handle is None:
-            return await backend.kill_by_id(sandbox.provider_name)
-        return await backend.kill(sandbox.handle)
+        with metrics.asking("kill", sandbox.backend):
+            if sandbox.handle is None:
+                return await backend.kill_by_id(sandbox.provider_name)
+            return await backend.kill(sandbox.handle)
     except (BackendError, OSError, TimeoutError) as e:
         log.warning("kill_unconfirmed", extra={"sandbox_id": sandbox.pk, "error": str(e)})
         return False

@@ -12,7 +12,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, egress, ledger, pool, quotas, routes
+from executions import backends, egress, ledger, metrics, pool, quotas, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendUnavailable,
@@ -102,7 +102,8 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
 async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiting: list[str]) -> Sandbox:
     while True:
         try:
-            handle = await backends.get(sandbox.backend).create(run.spec_of(sandbox))
+            with metrics.asking("create", sandbox.backend):
+                handle = await backends.get(sandbox.backend).create(run.spec_of(sandbox))
             await rows(_ready, sandbox, handle)
             return sandbox
         except BackendUnavailable as e:

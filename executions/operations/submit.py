@@ -12,7 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from executions import egress, pool, quotas, routes
+from executions import egress, metrics, pool, quotas, routes
 from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
@@ -255,6 +255,7 @@ class TwinAdmitted(Exception):
 
 def record_refusal(caller: Caller, refusal: Refused) -> None:
     """Keep a denied admission, repeats within the hour as a count."""
+    metrics.refused(refusal.code)
     now = timezone.now()
     who = (
         caller.team.pk,

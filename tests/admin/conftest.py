@@ -22,6 +22,7 @@ from executions.models import (
     Execution,
     IdempotencyRecord,
     LedgerEntry,
+    MetricTotal,
     Membership,
     Package,
     Quota,
@@ -40,8 +41,8 @@ from executions.states import Scope, Unit, Window
 MODELS = [
     "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "egress", "event", "execution",
     "idempotencyrecord", "ledgerentry",
-    "membership", "package", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template", "transition",
-    "usage", "user",
+    "membership", "metrictotal", "package", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
+    "transition", "usage", "user",
 ]  # fmt: skip
 CONFIGURATION = ["agent", "apikey", "membership", "quota", "rate", "team", "template", "user"]
 
@@ -166,6 +167,7 @@ def one_of_everything(template: Template) -> dict:
         "idempotencyrecord": IdempotencyRecord.objects.create(
             agent=agent, token=name, fingerprint="", execution=execution
         ),
+        "metrictotal": MetricTotal.objects.create(name="sandgate_refusals_total", labels=f'["{name}"]', value=1),
         "ledgerentry": LedgerEntry.objects.create(
             team=team, quota=quota, sandbox=sandbox, execution=execution, kind="spend", amount_nano_usd=5
         ),
