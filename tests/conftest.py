@@ -13,6 +13,7 @@ from asgiref.sync import async_to_sync
 from django.db import connections
 
 from tests import servers
+from tests.double import Double, running_double
 from tests.product import Product, running_product
 
 
@@ -87,6 +88,19 @@ def product(template_python: Path) -> Iterator[Product]:
     """The real product as its users start it, with a data folder of its own; one for all tests of a worker."""
     with running_product(template_python) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def double_process() -> Iterator[Double]:
+    with running_double() as started:
+        yield started
+
+
+@pytest.fixture
+def double(double_process: Double) -> Double:
+    """E2B's double, a process of its own; healthy and quick until the test tells it otherwise."""
+    double_process.forget()
+    return double_process
 
 
 @pytest.fixture(scope="session")
