@@ -116,6 +116,8 @@ def flush() -> None:
     with _lock:
         added, latest = _added, _latest
         _added, _latest = defaultdict(float), {}
+    if not added and not latest:
+        return
     try:
         with transaction.atomic(durable=True):
             _write(added, "executions_metrictotal.value + excluded.value")

@@ -11,12 +11,12 @@ from datetime import timedelta
 
 from django.conf import settings
 from django.db import DatabaseError
-from django.db.models import Count, Min, Q, Sum
+from django.db.models import Count, Exists, Min, OuterRef, Q, Sum
 from django.utils import timezone
 
 from executions import metrics
 from executions.metrics.families import FAMILIES, SUM, Family
-from executions.models import BackendState, Execution, MetricTotal, Sandbox
+from executions.models import BackendState, Execution, MetricTotal, Sandbox, Transition
 from executions.states import EXECUTION_ENDED, SANDBOX_ENDED, BreakerState, ExecutionState, SandboxState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -78,8 +78,8 @@ def _live() -> Samples:
     for backend, state, n, money in there.annotate(n=Count("pk"), money=Sum("reserved_nano_usd")):
         sandboxes[backend, state] = n
         reserved[(backend,)] = reserved.get((backend,), 0) + money
-    dying = Sandbox.objects.open().filter(state=SandboxState.RETIRING)
-    dying = dying.filter(transitions__after=SandboxState.RETIRING, transitions__at__lt=now - STUCK_AFTER)
+    step = Transition.objects.filter(sandbox=OuterRef("pk"), after=SandboxState.RETIRING, at__lt=now - STUCK_AFTER)
+    dying = Sandbox.objects.open().filter(Exists(step), state=SandboxState.RETIRING)  # a join would begin at the steps
     stuck = dying.values_list("backend").annotate(n=Count("pk"))
     breakers = _zeros(BreakerState.values) | {(alias, BreakerState.CLOSED): 1 for alias in settings.SANDBOXES}
     for alias, state in BackendState.objects.filter(alias__in=settings.SANDBOXES).values_list("alias", "state"):
