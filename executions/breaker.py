@@ -27,6 +27,7 @@ RETRY_AFTER_MOST = 600  # seconds: whoever asks for more is asked again by then
 SEEN_SECONDS = 0.25
 LEASE = timedelta(seconds=10)  # of a probe, which ends itself before
 SKEW = timedelta(seconds=5)  # by which clocks may differ before one counts as set back
+UNATTENDED = timedelta(seconds=5)  # after which a probe that is due is not coming
 DRILL_MOST = timedelta(minutes=10)
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,17 @@ def retry_after(alias: str) -> int:
 def _wait(row: BackendState, now: datetime) -> int:
     left = (row.retry_at - now).total_seconds() if row.retry_at else 0
     return min(RETRY_AFTER_MOST, max(1, math.ceil(left)))
+
+
+def lets_one_through(alias: str) -> bool:
+    """Whether this request is to be the probe: true for one every few seconds, where no process sees to probes."""
+    now = timezone.now()
+    overdue = BackendState.objects.filter(_due(now - UNATTENDED), alias=alias)
+    if now - UNATTENDED < (seen(alias).retry_at or now):
+        return False
+    through = overdue.update(state=OPEN, silent=True, retry_at=now, changed_at=now, probe_by="")  # `clear` may close it
+    forget()
+    return through == 1
 
 
 # What creations tell

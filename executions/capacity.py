@@ -16,6 +16,10 @@ from executions.states import SandboxState
 RETRY_SECONDS = 1  # by then the pace has room again, and a sandbox may have ended
 
 
+class Full(Exception):
+    """No room at this backend now: try the next one, or later."""
+
+
 def room(alias: str) -> str:
     """Take one creation at this backend, or say why its plan has no room for it now; empty where it had.
 

@@ -201,6 +201,10 @@ class SandboxLost(BackendError):
     remedy = "Nothing is run twice without being asked to: run it again if that is safe."
 
 
+class SandboxMissing(SandboxLost):  # a sandbox from a pool is replaced by a fresh one
+    """The sandbox was gone before the code was handed over; nothing has run."""
+
+
 class SandboxOutOfMemory(SandboxLost):
     """The sandbox used up its memory, files in /home/user and /tmp included, and was ended."""
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from django.utils import timezone
 
-from executions import backends, costs, ledger, quotas
+from executions import backends, capacity, costs, ledger, quotas
 from executions.keys import Caller
 from executions.models import Sandbox, Template
 from executions.states import SandboxState
@@ -17,8 +17,10 @@ MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provid
 def intend(caller: Caller, *, alias: str, template: Template, seconds: int, executions: int = 0, **fields) -> Sandbox:
     """Reserve the worst case and insert a BOOTING row for it, counting `executions` against the same quotas.
 
-    Raises BudgetExhausted, QuotaExceeded. Call it in the verb's transaction.
+    Raises BudgetExhausted, QuotaExceeded; capacity.Full before anything was taken. Call it in the verb's transaction.
     """
+    if why := capacity.room(alias):
+        raise capacity.Full(why)
     now = timezone.now()
     margin = 0 if fields.get("kept") else MARGIN_SECONDS  # a session ends when it was said to end
     seconds += margin

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from django.conf import settings
 
-from executions import backends
+from executions import backends, breaker, capacity
 from executions.backends.base import Backend
 from executions.errors import Invalid, NoBackend
 from executions.keys import Caller
-from executions.models import Template
+from executions.models import Agent, Template
 from executions.states import ISOLATION, LANGUAGES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,12 @@ def plan(
     template: Template | None = None,
     run_limits: bool = False,
     network: Sequence[str] | None = None,
+    fresh: bool = True,
 ) -> Route:
     """Raises Invalid for an alias that does not exist, NoBackend when none of the route can take the request.
 
-    `network` are the rules of the sandbox; left out, the agent's.
+    `network` are the rules of the sandbox; left out, the agent's. `fresh`: a sandbox is to be made, so that a backend
+    that is out is left out; what lives there already may live on.
     """
     agent = caller.agent
     assert agent is not None
@@ -50,18 +55,45 @@ def plan(
             raise Invalid(f"There is no backend {alias!r}; there are {known}.", field="route")
     wanted = [bound] if bound else asked or agent.route or _default()
     rules = agent.network_allow if network is None else network
-    route = Route([])
+    route, waits = Route([]), []
     for alias in wanted:
-        why = _unfit(alias, language, commands, agent.isolation_floor or settings.ISOLATION_FLOOR, template, run_limits)
+        why = _unfit(alias, agent, language, commands, template, run_limits)
         why = why or backends.get(alias).network_refusal(rules)
+        if not why and fresh and (out := breaker.outage(alias)) and not breaker.lets_one_through(alias):
+            why = out
+            waits.append(breaker.retry_after(alias))
         if why:
             route.skipped.append((alias, why))
         else:
             route.aliases.append(alias)
     if not route.aliases:
-        said = "; ".join(f"{alias}: {why}" for alias, why in route.skipped) or "the route is empty"
-        raise NoBackend(f"No backend can take this: {said}.", skipped=[list(s) for s in route.skipped])
+        raise _none_of(route, waits)
     return route
+
+
+def first(route: Route, claim: Callable[[str], T]) -> T:
+    """What `claim` gives at the first alias whose plan has room; those before it join the skipped. NoBackend where none has.
+
+    Call it in the transaction of the admission: `claim` raises capacity.Full before it has changed anything.
+    """
+    for alias in list(route.aliases):
+        try:
+            return claim(alias)
+        except capacity.Full as full:
+            route.aliases.remove(alias)
+            route.skipped.append((alias, str(full)))
+    raise _none_of(route, [capacity.RETRY_SECONDS])
+
+
+def _none_of(route: Route, waits: list[int]) -> NoBackend:
+    """Nothing in the route can take it; `waits` are the seconds after which some of it may."""
+    said = "; ".join(f"{alias}: {why}" for alias, why in route.skipped) or "the route is empty"
+    return NoBackend(
+        f"No backend can take this: {said}.",
+        remedy=f"Try again in {min(waits)} s, or name another route." if waits else None,
+        skipped=[list(s) for s in route.skipped],
+        retry_after=min(waits, default=None),
+    )
 
 
 def _default() -> list[str]:
@@ -69,7 +101,7 @@ def _default() -> list[str]:
     return [alias for alias in backends.aliases() if backends.get(alias).isolation != "simulated"]
 
 
-def _unfit(alias: str, language: str, commands: bool, floor: str, template: Template | None, run_limits: bool) -> str:
+def _unfit(alias: str, agent: Agent, language: str, commands: bool, template: Template | None, run_limits: bool) -> str:
     if alias not in settings.SANDBOXES:
         return "is not configured"
     backend = backends.get(alias)
@@ -83,6 +115,9 @@ def _unfit(alias: str, language: str, commands: bool, floor: str, template: Temp
         return why
     if backend.refusal:
         return backend.refusal
+    if agent.stays_here and backend.remote:
+        return f"is not on this machine, which the code of agent {agent.name} never leaves"
+    floor = agent.isolation_floor or settings.ISOLATION_FLOOR
     if ISOLATION.index(backend.isolation) < ISOLATION.index(floor):
         return f"its isolation ({backend.isolation}) is below the agent's floor ({floor})"
     return ""
@@ -90,6 +125,8 @@ def _unfit(alias: str, language: str, commands: bool, floor: str, template: Temp
 
 def lacking(template: Template, backend: Backend) -> str:
     """Why this backend cannot make the template's sandboxes as its row says; empty where it can, or where nothing runs."""
+    if why := backend.size_refusal(template.cpu_count, template.memory_mib, template.disk_mib):
+        return f"{why}, which template {template.name} has"
     if not template.own_content or template.e2b_template:
         return ""
     if backend.capabilities.templates or backend.isolation == "simulated":

@@ -46,6 +46,15 @@ def hop(request: pytest.FixtureRequest) -> None:
     settings.HOP_INLINE = not (real or "transactional_db" in request.fixturenames)
 
 
+@pytest.fixture(autouse=True)
+def breaker_forgets() -> None:
+    """The rows that a process has seen go with the test's transaction."""
+    from executions import breaker
+
+    breaker.forget()
+    breaker._made.clear()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def hop_ends() -> Iterator[None]:
     yield

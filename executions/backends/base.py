@@ -32,6 +32,7 @@ class Capabilities:
     egress: bool = False  # egress() tells what a sandbox connected to, as seen from outside
     templates: bool = False  # made here from their rows: packages, files, start command
     pause: bool = False
+    pause_is_free: bool = False  # what is paused costs nothing; otherwise it holds its memory, and is billed on
     run_limits: bool = False  # memory of a fresh sandbox and CPU time of a run are limited as asked
     metrics: bool = False  # runs end with a `usage` event, measured from outside the sandbox
     ports: bool = False  # open_port() reaches the data plane of the sandbox
@@ -141,7 +142,8 @@ class Check:
 class Backend:
     """One place where sandboxes live. Subclasses implement the verbs they declare in `capabilities`.
 
-    create      boot a sandbox. BackendUnavailable: nothing exists there, another backend may be tried.
+    create      boot a sandbox. BackendUnavailable: nothing exists there, another backend may be tried; `retry_after` among
+                its facts where the provider asks for time. SandboxRefused where only such a sandbox cannot be had.
     run_code    an async generator of events, ended by its own exhaustion. Closing it early (aclose) interrupts the
                 code and leaves the context usable where it can; ContextRestarted where that cost the variables.
                 RunTimedOut after `timeout_seconds`, CpuExceeded after `cpu_seconds` (0: no limit; needs `run_limits`),
@@ -152,11 +154,23 @@ class Backend:
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
+    remote: bool = True  # code and data leave this machine; OPTIONS["REMOTE"] says otherwise of one alias
+    slow_seconds: float = 0  # a create that has not answered by then looks like an outage; 0: none does
     isolation: str = "none"  # none, reduced, namespaces, microvm, simulated: the floor of agents compares in this order
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
         self.alias = alias
         self.options = options
+        self.remote = bool(options.get("REMOTE", self.remote))
+        self.slow_seconds = float(options.get("SLOW_SECONDS", self.slow_seconds))
+
+    def size_refusal(self, cpu_count: int, memory_mib: int, disk_mib: int) -> str:
+        """Why there is no sandbox of this size here; OPTIONS["MOST"], such as {"memory_mib": 8192}, say the largest."""
+        asked = {"cpu_count": cpu_count, "memory_mib": memory_mib, "disk_mib": disk_mib}
+        for name, most in self.options.get("MOST", {}).items():
+            if asked[name] > most:
+                return f"gives at most {most} {name}, not the {asked[name]}"
+        return ""
 
     def template_name(self, name: str, mapped: str) -> str:
         """This backend's name for a template: `name` is ours, `mapped` the provider's id ("" where not set)."""

@@ -26,6 +26,7 @@ from executions.errors import (
     FileRefused,
     RunTimedOut,
     SandboxLost,
+    SandboxMissing,
     SandgateError,
     Unsupported,
 )
@@ -85,6 +86,7 @@ class E2BBackend(Backend):
         network_rules=True,
     )
     isolation = "microvm"
+    slow_seconds = 1.5  # of 100 creates 99 have answered after half of it
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
         super().__init__(alias, options)
@@ -440,7 +442,7 @@ def _refusal(status: int, text: str) -> BackendError:
         case 404:
             return ContextUnknown(text[:300])
         case 502 if "was not found" in text:
-            return SandboxLost()
+            return SandboxMissing()
     return BackendError(f"E2B answered {status}: {text[:300]}")
 
 

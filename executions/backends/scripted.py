@@ -27,7 +27,15 @@ from executions.backends.base import (
     Listed,
     SandboxSpec,
 )
-from executions.errors import BackendError, BackendUnavailable, ContextUnknown, FileRefused, RunTimedOut, SandboxLost
+from executions.errors import (
+    BackendError,
+    BackendUnavailable,
+    ContextUnknown,
+    FileRefused,
+    RunTimedOut,
+    SandboxLost,
+    SandboxMissing,
+)
 from executions.network import Rules, target
 from executions.states import LANGUAGES
 
@@ -121,6 +129,7 @@ class ScriptedBackend(Backend):
         pause=True,
     )
     isolation = "simulated"
+    remote = False
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
         super().__init__(alias, options)
@@ -150,6 +159,13 @@ class ScriptedBackend(Backend):
             raise SandboxLost("The sandbox is gone." if machine is None or not machine.alive else "It is paused.")
         return machine
 
+    def _there(self, handle: Handle) -> Machine:
+        """The machine, before anything has run in it."""
+        try:
+            return self._machine(handle)
+        except SandboxLost as e:
+            raise SandboxMissing(e.detail) from None
+
     async def connect(self, handle: Handle) -> None:
         self._machine(handle)
 
@@ -158,7 +174,7 @@ class ScriptedBackend(Backend):
     async def run_code(
         self, handle, code, *, language="python", context_id=None, env=None, timeout_seconds=60, cpu_seconds=0
     ):
-        machine = self._machine(handle)
+        machine = self._there(handle)
         if context_id is not None and context_id not in machine.contexts:
             raise ContextUnknown
         machine.runs[context_id] = machine.runs.get(context_id, 0) + 1
@@ -167,7 +183,7 @@ class ScriptedBackend(Backend):
             yield event
 
     async def run_command(self, handle, command, *, cwd=None, env=None, timeout_seconds=60, cpu_seconds=0):
-        code = 0
+        code, _ = 0, self._there(handle)
         async for event in self._say(handle, command, timeout_seconds):
             if event.kind == "error":
                 code = 1

@@ -11,11 +11,12 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import templates
+from executions.operations import probe, templates
 from executions.operations.reap import kill_orphans, reap
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
 METRICS_EVERY = 2
+PROBES_EVERY = 0.25
 LAG_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ async def background() -> None:
         await asyncio.gather(
             _rounds("reap", _reap),
             _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
+            _rounds("probes", probe.look, every=PROBES_EVERY),
             _rounds("templates", templates.sync),
             _rounds("metrics", _flush, every=METRICS_EVERY),
             _measure_lag(),
@@ -35,7 +37,7 @@ async def background() -> None:
         await _flush()
 
 
-async def _rounds(name: str, work: Callable[[], Awaitable[None]], *, every: int = 1) -> None:
+async def _rounds(name: str, work: Callable[[], Awaitable[None]], *, every: float = 1) -> None:
     while True:
         await asyncio.sleep(settings.BACKGROUND_SECONDS * every)
         try:

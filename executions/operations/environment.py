@@ -8,16 +8,16 @@ from typing import Any
 from django.db.models import Count
 from django.utils import timezone
 
-from executions import backends, egress, quotas
+from executions import backends, breaker, egress, quotas
 from executions.backends.base import Check
 from executions.errors import Invalid, NoBackend
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Sandbox, Template
+from executions.models import BackendState, Sandbox, Template
 from executions.operations.attest import last_attestations
 from executions.routes import plan
 from executions.serializers import LimitShape, dollars, session_shape
-from executions.states import LANGUAGES, Scope, Unit
+from executions.states import LANGUAGES, BreakerState, Scope, Unit
 
 CHECK_SECONDS = 2
 
@@ -57,7 +57,7 @@ def offer(caller: Caller) -> dict[str, Any]:
     route: list[str] = []
     for language in LANGUAGES:
         try:
-            planned = plan(caller, asked=None, language=language)
+            planned = plan(caller, asked=None, language=language, fresh=False)
         except (Invalid, NoBackend):  # not allowed for this agent, or nowhere to be had
             continue
         languages.append(language)
@@ -83,14 +83,20 @@ def environment(*, caller: Caller) -> dict[str, Any]:
     live = Sandbox.objects.open().sessions().filter(agent=caller.agent).select_related("agent", "template")
     return {
         **offer(caller),
+        "outages": outages(),
         "limits": [shape.model_dump(mode="json") for shape in limits(caller=caller)],
         "sessions": [session_shape(sandbox).model_dump(mode="json") for sandbox in live[:20]],
     }
 
 
+def outages() -> list[str]:
+    """One sentence for each backend that takes no sandboxes now: the banner of every door."""
+    return [f"{alias}: {out}" for alias in backends.aliases() if (out := breaker.outage(alias))]
+
+
 async def backend_states() -> list[dict[str, Any]]:
     """Each backend of the installation: whether it is up, its isolation, its walls, what it can do. All are asked at once."""
-    live, attested = await rows(lambda: (_live_by_backend(), last_attestations()))
+    live, attested, known = await rows(lambda: (_live_by_backend(), last_attestations(), breaker.look()))
     found = await asyncio.gather(*(check(alias) for alias in backends.aliases()))
     return [
         {
@@ -98,6 +104,8 @@ async def backend_states() -> list[dict[str, Any]]:
             "ok": told.ok,
             "detail": told.detail,
             "isolation": told.isolation or backends.get(alias).isolation,
+            "breaker": _breaker(known.get(alias)),
+            "remote": backends.get(alias).remote,
             "walls": told.walls,
             "languages": sorted(backends.get(alias).capabilities.languages),
             "live_sandboxes": live.get(alias, 0),
@@ -105,6 +113,13 @@ async def backend_states() -> list[dict[str, Any]]:
         }
         for alias, told in zip(backends.aliases(), found, strict=True)
     ]
+
+
+def _breaker(row: BackendState | None) -> dict[str, Any]:
+    if row is None or row.state == BreakerState.CLOSED:
+        return {"state": BreakerState.CLOSED.value}
+    facts = {"state": row.state, "says": breaker.sentence(row), "reason": row.reason}
+    return facts | {"since": row.opened_at, "next_try_at": row.retry_at, "drill": bool(breaker.drilled(row.alias))}
 
 
 def _live_by_backend() -> dict[str, int]:

@@ -14,21 +14,22 @@ from django.db import transaction
 from django.utils import timezone
 
 from executions import backends, egress, journal, ledger, metrics
-from executions.backends.base import EgressRecord, Handle, Limits, SandboxSpec
+from executions.backends.base import EgressRecord, Handle
 from executions.backends.base import Event as Said
 from executions.errors import (
     BackendError,
     BackendUnavailable,
     ContextRestarted,
     NoBackend,
-    Refused,
     RunTimedOut,
     SandboxLost,
+    SandboxRefused,
     SandgateError,
 )
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Attempt, Egress, Event, Execution, IllegalTransition, Sandbox, Usage, hot
+from executions.operations.boot import boot, never_was, spec_of
 from executions.operations.submit import next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
@@ -44,6 +45,9 @@ _locked = hot.Compiled(lambda sandbox: Sandbox.objects.select_for_update().filte
 
 def start(execution: Execution) -> Run:
     """Begin to run an execution that this process has claimed. It goes on when the caller goes away."""
+    from executions.operations import probe  # which ends sandboxes by way of this module
+
+    probe.soon()
     run = _runs[execution.pk] = Run(execution)
     run.task = asyncio.create_task(run.whole(), name=f"run {execution.pk}")
     run.task.add_done_callback(lambda _: _runs.pop(execution.pk, None))
@@ -127,10 +131,8 @@ class Run:
             return sandbox.handle
         waiting = [a for a in execution.route if a != sandbox.backend]
         while True:
-            backend = backends.get(sandbox.backend)
             try:
-                with metrics.asking("create", sandbox.backend):
-                    handle = await self._stoppable(backend.create(spec_of(sandbox)))
+                handle = await self._stoppable(boot(sandbox))
                 await rows(self._mark_running, sandbox, handle)
                 return handle
             except BackendUnavailable as e:
@@ -141,18 +143,15 @@ class Run:
                 sandbox = await self._fall_back(e, waiting)
 
     async def _fall_back(self, why: BackendUnavailable, waiting: list[str]) -> Sandbox:
-        failed = self.execution.tried[-1]
-        await rows(self._mark_unavailable, failed, why)
+        """The intent to boot on the next backend that is left; each that is left out says why. Raises NoBackend."""
+        await rows(self._mark_unavailable, self.execution.tried[-1], why)
         while waiting:
             alias = waiting.pop(0)
-            try:
-                return await rows(next_attempt, caller=caller_of(self.execution), execution=self.execution, alias=alias)
-            except Refused as e:
-                log.info(
-                    "fallback_refused", extra={"execution_id": self.execution.pk, "backend": alias, "code": e.code}
-                )
-                why = BackendUnavailable(f"{alias}: {e.detail}")
-        raise NoBackend(f"No backend could provide a sandbox; the last said: {why.detail}")
+            sandbox = await rows(next_attempt, caller=caller_of(self.execution), execution=self.execution, alias=alias)
+            if sandbox is not None:
+                return sandbox
+        said = "; ".join(f"{attempt.backend}: {attempt.reason}" for attempt in self.execution.tried)
+        raise SandboxRefused(said) if isinstance(why, SandboxRefused) else NoBackend(f"No backend is left: {said}")
 
     @transaction.atomic(durable=True)
     def _mark_unavailable(self, attempt: Attempt, why: BackendUnavailable) -> None:
@@ -167,8 +166,7 @@ class Run:
         attempt.outcome, attempt.code, attempt.reason = AttemptOutcome.UNAVAILABLE, why.code, why.detail[:500]
         sandbox = attempt.sandbox
         assert sandbox is not None
-        _, fields = ledger.bill(sandbox, final=True)  # nothing exists there, nothing is owed
-        sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
+        never_was(sandbox, why)
 
     @transaction.atomic(durable=True)
     @hot.together()
@@ -296,6 +294,8 @@ class Run:
                     {"error_code": e.code, "error_value": e.detail},
                     AttemptOutcome.RAN,
                 )
+            case BackendUnavailable() if self._ran:  # it cannot be reached; the code may have run: no fallback
+                return E.ERRORED, {"error_code": BackendError.code, "error_value": e.detail}, AttemptOutcome.LOST
             case SandgateError():
                 outcome = AttemptOutcome.LOST if isinstance(e, SandboxLost) else AttemptOutcome.UNAVAILABLE
                 return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
@@ -397,22 +397,6 @@ async def kill(sandbox: Sandbox) -> bool:
     except (BackendError, OSError, TimeoutError) as e:
         log.warning("kill_unconfirmed", extra={"sandbox_id": sandbox.pk, "error": str(e)})
         return False
-
-
-def spec_of(sandbox: Sandbox) -> SandboxSpec:
-    """What the backend is asked to make for this row."""
-    template = sandbox.template
-    backend = backends.get(sandbox.backend)
-    return SandboxSpec(
-        sandbox_id=sandbox.provider_name,
-        template=backend.template_name(template.name, template.e2b_template),
-        timeout_seconds=max(1, int((sandbox.leased_until - timezone.now()).total_seconds())),
-        limits=Limits(memory_mib=sandbox.memory_mib, cpu_count=sandbox.cpu_count, disk_mib=template.disk_mib),
-        env={**template.env, **sandbox.env},
-        metadata={"sandgate_sandbox": sandbox.pk, "sandgate_agent": sandbox.agent_id},
-        network_allow=tuple(sandbox.network_allow),
-        agent=sandbox.agent.name,
-    )
 
 
 def caller_of(execution: Execution) -> Caller:

@@ -12,7 +12,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, egress, ledger, metrics, pool, quotas, routes
+from executions import backends, breaker, capacity, egress, ledger, pool, quotas, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendUnavailable,
@@ -21,12 +21,14 @@ from executions.errors import (
     NoBackend,
     Refused,
     SandboxLost,
+    SandboxRefused,
     SessionGone,
 )
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution, Sandbox
 from executions.operations import reap, run
+from executions.operations.boot import boot, never_was
 from executions.operations.submit import (
     TwinAdmitted,
     claim_session,
@@ -77,7 +79,7 @@ def _admit(caller: Caller, request: SessionRequest, token: str | None) -> tuple[
     template = find_template(agent, request.template)
     network = egress.allowed(agent, request.network)
     route = routes.plan(caller, asked=request.route, language="python", template=template, network=network)
-    sandbox = _intent(caller, request, route.aliases[0])
+    sandbox = routes.first(route, lambda alias: _intent(caller, request, alias))
     if token:
         remember(agent, token, fingerprint, sandbox=sandbox)
     return sandbox, route.aliases[1:]
@@ -102,16 +104,12 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
 async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiting: list[str]) -> Sandbox:
     while True:
         try:
-            with metrics.asking("create", sandbox.backend):
-                handle = await backends.get(sandbox.backend).create(run.spec_of(sandbox))
+            handle = await boot(sandbox)
             await rows(_ready, sandbox, handle)
             return sandbox
         except BackendUnavailable as e:
             log.info("backend_unavailable", extra={"sandbox_id": sandbox.pk, "backend": sandbox.backend})
-            await rows(_never_was, sandbox, e)
-            if not waiting:
-                raise NoBackend(f"No backend could provide a sandbox; the last said: {e.detail}") from e
-            sandbox = await rows(_next, caller, request, waiting.pop(0))
+            sandbox = await rows(_fall_back, caller, request, sandbox, e, waiting)
 
 
 @transaction.atomic(durable=True)
@@ -121,15 +119,25 @@ def _ready(sandbox: Sandbox, handle: dict) -> None:
     sandbox.advance(S.LEASED, handle=handle, ready_at=now, last_used_at=now, isolation=isolation)
 
 
-@transaction.atomic(durable=True)
-def _never_was(sandbox: Sandbox, why: BackendUnavailable) -> None:
-    _, fields = ledger.bill(sandbox, final=True)
-    sandbox.advance(S.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
-
-
-@transaction.atomic(durable=True)
-def _next(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
-    return _intent(caller, request, alias)
+def _fall_back(
+    caller: Caller, request: SessionRequest, sandbox: Sandbox, why: BackendUnavailable, waiting: list[str]
+) -> Sandbox:
+    """The intent to boot on the next backend that is left. Raises Refused, NoBackend."""
+    with transaction.atomic(durable=True):
+        never_was(sandbox, why)
+    said = [f"{sandbox.backend}: {why.detail}"]
+    while waiting:
+        alias = waiting.pop(0)
+        if out := breaker.outage(alias):
+            said.append(f"{alias}: {out}")
+            continue
+        try:
+            with transaction.atomic(durable=True):
+                return _intent(caller, request, alias)
+        except capacity.Full as full:
+            said.append(f"{alias}: {full}")
+    left = f"No backend is left: {'; '.join(said)}"
+    raise SandboxRefused(left) if isinstance(why, SandboxRefused) else NoBackend(left)
 
 
 async def end_session(*, caller: Caller, session_id: str, reason: str = EndReason.FINISHED) -> Sandbox:

@@ -12,7 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from executions import egress, metrics, pool, quotas, routes
+from executions import breaker, capacity, egress, metrics, pool, quotas, routes
 from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
@@ -67,7 +67,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         sandbox = claim_session(caller, request.session_id)
         route = routes.plan(
             caller, asked=[sandbox.backend], language=request.language, commands=is_command, run_limits=run_limits,
-            network=sandbox.network_allow,
+            network=sandbox.network_allow, fresh=False,
         )  # fmt: skip
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
         timeout = max(1, min(timeout, left))
@@ -83,9 +83,12 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         if memory_mib > template.memory_mib:
             most = f"at most {template.memory_mib}, which template {template.name} has"
             raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
-        sandbox = pool.intend(
-            caller, alias=route.aliases[0], template=template, seconds=timeout, executions=1, env=template.env,
-            memory_mib=memory_mib, network_allow=network,
+        sandbox = routes.first(
+            route,
+            lambda alias: pool.intend(
+                caller, alias=alias, template=template, seconds=timeout, executions=1, env=template.env,
+                memory_mib=memory_mib, network_allow=network,
+            ),
         )  # fmt: skip
         path = (E.QUEUED, E.STARTING)
     now = timezone.now()
@@ -137,25 +140,38 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     return execution
 
 
-def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox:
-    """The intent to boot on the next backend of the route, after one could not provide a sandbox. Raises Refused."""
-    with transaction.atomic(durable=True):
-        old = execution.sandbox
-        assert old is not None
-        sandbox = pool.intend(
-            caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
-            memory_mib=old.memory_mib, network_allow=old.network_allow,
-        )  # fmt: skip
-        Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
-        attempt = Attempt.objects.create(
-            execution=execution,
-            number=len(execution.tried) + 1,
-            backend=alias,
-            sandbox=sandbox,
-        )
-        execution.tried.append(attempt)
+def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox | None:
+    """The intent to boot on the next backend of the route; None, and an attempt that says why, where it is left out."""
+    if why := breaker.outage(alias):
+        return _skip(execution, alias, why)
+    try:
+        with transaction.atomic(durable=True):
+            old = execution.sandbox
+            assert old is not None
+            sandbox = pool.intend(
+                caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
+                memory_mib=old.memory_mib, network_allow=old.network_allow,
+            )  # fmt: skip
+            Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
+            attempt = Attempt.objects.create(
+                execution=execution,
+                number=len(execution.tried) + 1,
+                backend=alias,
+                sandbox=sandbox,
+            )
+    except Refused as refusal:
+        return _skip(execution, alias, refusal.detail, refusal.code)
+    except capacity.Full as full:
+        return _skip(execution, alias, str(full))
+    execution.tried.append(attempt)
     execution.sandbox, execution.backend = sandbox, alias
     return sandbox
+
+
+def _skip(execution: Execution, alias: str, why: str, code: str = "") -> None:
+    number = len(execution.tried) + 1
+    fields = {"outcome": AttemptOutcome.SKIPPED, "reason": why[:500], "code": code}
+    execution.tried.append(Attempt.objects.create(execution=execution, number=number, backend=alias, **fields))
 
 
 def claim_session(caller: Caller, session_id: str) -> Sandbox:

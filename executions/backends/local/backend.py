@@ -42,6 +42,7 @@ from executions.errors import (
     FileRefused,
     RunTimedOut,
     SandboxLost,
+    SandboxMissing,
     Unsupported,
 )
 from executions.states import ISOLATION
@@ -70,6 +71,8 @@ CAPABILITIES = Capabilities(
 
 class LocalBackend(Backend):
     """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; FLOOR, the least isolation."""
+
+    remote = False
 
     @property
     def isolation(self) -> str:  # type: ignore[override]
@@ -193,7 +196,10 @@ class LocalBackend(Backend):
         meter, deadline = Meter(self.run_dir, handle["sandbox_id"]), Deadline(timeout_seconds)
         ended = False
         try:
-            await meter.begin()
+            try:
+                await meter.begin()
+            except SandboxLost as lost:
+                raise SandboxMissing(lost.detail) if type(lost) is SandboxLost else lost from None
             if cpu_seconds:
                 meter.limit_cpu(cpu_seconds, deadline.now)
             async with http.request(handle["dir"], INTERPRETER, "POST", "/execute", body=body) as answer:
@@ -217,7 +223,7 @@ class LocalBackend(Backend):
             if meter.exceeded:
                 raise CpuExceeded(f"The code used more than {cpu_seconds:g} s of CPU time and was stopped.") from None
             raise RunTimedOut(f"The code ran longer than {timeout_seconds:g} s and was stopped.") from None
-        except (ContextUnknown, Unsupported):
+        except (ContextUnknown, Unsupported, SandboxMissing):
             ended = True
             raise
         except SandboxLost:
