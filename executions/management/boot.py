@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +26,7 @@ from executions.errors import SandgateError
 
 TEMPLATES = settings.DATA / "templates"
 NEEDED_BYTES = 64 << 20
+LOCK = 0x5A4D6761  # of PostgreSQL's advisory locks: making the tables and the first rows
 
 
 def unable(sentence: str, remedy: str, code: int = 1) -> NoReturn:
@@ -80,7 +84,8 @@ def database() -> None:
                 "git pull   (or name another database: export DATABASE_URL=…)",
             )
         if executor.migration_plan(executor.loader.graph.leaf_nodes()):
-            call_command("migrate", verbosity=0, interactive=False)
+            with alone():
+                call_command("migrate", verbosity=0, interactive=False)  # looks again at what there is to do
     except (DatabaseError, ImproperlyConfigured) as e:
         words = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         if "full" in words:
@@ -91,6 +96,22 @@ def database() -> None:
         )
     finally:
         connection.close()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Of several that start at once on one database, one is in here at a time."""
+    if connection.vendor != "postgresql":
+        with open(settings.DATA / "migrate.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        return
+    with closing(connection.copy()) as lock, lock.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(%s)", [LOCK])  # a process that dies lets go of it, too
+        try:
+            yield
+        finally:
+            cursor.execute("SELECT pg_advisory_unlock(%s)", [LOCK])
 
 
 def reach() -> None:

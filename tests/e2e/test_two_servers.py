@@ -143,3 +143,22 @@ async def test_daphne_names_what_to_start_for_e2bs_data_plane(pair):
 
     assert answer.status_code == 501
     assert "manage.py serve" in answer.text
+
+
+def test_two_that_start_at_once_on_an_empty_database_both_serve_and_one_makes_the_first_key():
+    with servers.postgresql() as database, servers.folder() as data:
+        started = []
+        for name in ("one", "two"):
+            env = environment(data / name, servers.free_port(), None, DATABASE_URL=database)
+            command = [sys.executable, "manage.py", "serve", "--no-node"]
+            out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            started.append(subprocess.Popen(command, cwd=HOME, env=env, preexec_fn=servers.die_with_parent, **out))
+        screens: list[list[str]] = [[], []]
+        try:
+            came = [servers.came(p, "Ctrl-C ends it", 60, s) for p, s in zip(started, screens, strict=True)]
+            assert came == [True, True], screens
+            keys = [line for screen in screens for line in screen if "SANDGATE_API_KEY=" in line]
+            assert len(keys) == 1, screens
+        finally:
+            for process in started:
+                servers.end(process)

@@ -25,7 +25,8 @@ class Command(Daphne):
         from twisted.internet import reactor
 
         boot.database()
-        first = operations.first_start()
+        with boot.alone():
+            first = operations.first_start()
         self.stdout.write(screen.first(first, "") if first else screen.again(""))
         reactor.callWhenRunning(lambda: keep(asyncio.get_event_loop().create_task(operations.background())))
         super().inner_run(*args, **options)

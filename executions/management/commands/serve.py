@@ -35,7 +35,8 @@ class Command(BaseCommand):
         boot.many_files()
         python = None if options["no_node"] else boot.template_python()
         command = node.argv(python, die_with_parent=True) if python else None
-        first = operations.first_start()  # last, as its key is shown once
+        with boot.alone():
+            first = operations.first_start()  # last, as its key is shown once
 
         config = uvicorn.Config(
             "config.asgi:application",
