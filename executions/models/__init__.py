@@ -14,6 +14,7 @@ from executions.models.records import (
     Refusal,
     Transition,
 )
+from executions.models.reports import CostTotal, ProviderCharge
 from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
 
@@ -26,6 +27,7 @@ __all__ = [
     "AuditEvent",
     "BackendState",
     "Claim",
+    "CostTotal",
     "Egress",
     "Event",
     "Execution",
@@ -37,6 +39,7 @@ __all__ = [
     "MetricTotal",
     "Package",
     "Pool",
+    "ProviderCharge",
     "Quota",
     "Rate",
     "Refusal",

@@ -99,10 +99,16 @@ class Usage(models.Model):
     rate_nano_usd_per_second = models.BigIntegerField()
     cost_nano_usd = models.BigIntegerField()
     at = models.DateTimeField(default=timezone.now)
+    is_counted = models.BooleanField(
+        default=False, editable=False, help_text="It is in the totals of the cost reports."
+    )
 
     class Meta:
         verbose_name_plural = "usage"
-        indexes = [models.Index(fields=["at", "team"], name="usage_by_time")]
+        indexes = [
+            models.Index(fields=["at", "team"], name="usage_by_time"),
+            models.Index(fields=["id"], condition=Q(is_counted=False), name="usage_not_counted"),
+        ]
         constraints = [
             models.CheckConstraint(condition=Q(duration_us__gte=0, cost_nano_usd__gte=0), name="usage_not_negative")
         ]
@@ -112,12 +118,20 @@ class Usage(models.Model):
 
 
 class Rate(models.Model):
-    """What a second of something costs on a backend, with validity."""
+    """What a second of something costs on a backend, or what stands whether it is used or not; with validity."""
 
-    VCPU, GIB = "vcpu_second", "gib_second"
+    VCPU, GIB, HOUR, MONTH = "vcpu_second", "gib_second", "hour", "month"
 
     backend = models.CharField(max_length=40, help_text="An alias of settings.SANDBOXES.")
-    meter = models.CharField(max_length=12, choices=[(VCPU, "vCPU-second"), (GIB, "GiB-second of memory")])
+    meter = models.CharField(
+        max_length=12,
+        choices=[
+            (VCPU, "vCPU-second"),
+            (GIB, "GiB-second of memory"),
+            (HOUR, "the machine itself, an hour"),
+            (MONTH, "the plan itself, a month"),
+        ],
+    )
     nano_usd = models.BigIntegerField()
     valid_from = models.DateTimeField(default=timezone.now)
     valid_to = models.DateTimeField(null=True, blank=True)

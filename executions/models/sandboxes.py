@@ -110,6 +110,7 @@ class Sandbox(HasLifecycle):
     spent_nano_usd = models.BigIntegerField(default=0)
     metered_until = models.DateTimeField(null=True, blank=True, help_text="Up to here its time is in the ledger.")
     rate_nano_usd_per_second = models.BigIntegerField(default=0)
+    is_priced = models.BooleanField(default=True, help_text="Off: no rate was known, and the ceiling rate is charged.")
     end_reason = models.CharField(max_length=10, choices=EndReason, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     ready_at = models.DateTimeField(null=True, blank=True)
