@@ -182,6 +182,14 @@ BACKGROUND_SECONDS = 2.0  # how often the background loop looks
 RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)
 DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
 
+SESSION_PAUSE_AFTER_SECONDS = env.int("SANDGATE_PAUSE_AFTER_SECONDS", default=120)
+ARTIFACTS_DIR: str = env.str("SANDGATE_ARTIFACTS", default=str(DATA / "artifacts"))
+ARTIFACT_DAYS = env.int("SANDGATE_ARTIFACT_DAYS", default=30)
+ARTIFACTS_MAX_FILES = env.int("SANDGATE_ARTIFACTS_MAX_FILES", default=100)  # of one sandbox
+ARTIFACTS_MAX_BYTES = env.int("SANDGATE_ARTIFACTS_MAX_BYTES", default=256 * 1024 * 1024)  # of one sandbox
+ARTIFACTS_TOTAL_BYTES = env.int("SANDGATE_ARTIFACTS_TOTAL_BYTES", default=10 * 1024**3)
+KEEP_GRACE_SECONDS = 20  # beyond its end, for which a sandbox whose files are kept is paid, too
+
 METRICS_TOKEN = env.str("SANDGATE_METRICS_TOKEN", default="")
 if 0 < len(METRICS_TOKEN) < 16:
     MISTAKES.append("SANDGATE_METRICS_TOKEN: shorter than 16 characters; openssl rand -hex 24 makes one.")

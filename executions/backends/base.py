@@ -266,9 +266,11 @@ class Backend:
         raise Unsupported
 
     async def pause(self, handle: Handle) -> None:
+        """Keep memory and files, and use no CPU, until it is resumed or killed. Idempotent: what is paused stays so."""
         raise Unsupported
 
     async def resume(self, handle: Handle, *, timeout_seconds: int) -> None:
+        """Go on where it was paused; it ends after so long. Idempotent: what runs goes on. SandboxLost where there is none."""
         raise Unsupported
 
     async def kill(self, handle: Handle) -> bool:

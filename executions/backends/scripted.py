@@ -127,6 +127,7 @@ class ScriptedBackend(Backend):
         network_rules=True,
         egress=True,
         pause=True,
+        pause_is_free=True,
     )
     isolation = "simulated"
     remote = False
@@ -301,8 +302,10 @@ class ScriptedBackend(Backend):
 
     async def pause(self, handle: Handle) -> None:
         """Its memory is kept and costs nothing; what runs in it is broken off."""
-        machine = self._machine(handle)
-        machine.paused = time.monotonic()
+        machine = self.machines.get(handle["sandbox_id"])
+        if machine is None or not machine.alive:
+            raise SandboxLost("The sandbox is gone.")
+        machine.paused = machine.paused or time.monotonic()
         machine.wake()
 
     async def resume(self, handle: Handle, *, timeout_seconds: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.conf import settings
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
@@ -156,6 +157,11 @@ class Sandbox(HasLifecycle):
         if self.handle is None:
             raise SandboxLost("The sandbox is still starting, or never did.")
         return self.handle
+
+    @property
+    def grace_seconds(self) -> int:
+        """How much longer than `leased_until` the provider is asked for: its files are kept then."""
+        return settings.KEEP_GRACE_SECONDS if self.kept and self.keep_files else 0
 
     @property
     def provider_name(self) -> str:

@@ -8,7 +8,7 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
-from executions import network
+from executions import globs, network
 from executions.models.base import IdField
 from executions.states import Role, Scope
 
@@ -127,6 +127,10 @@ class Agent(models.Model):
             self.network_allow = network.normalised(self.network_allow)
         except ValueError as problem:
             raise ValidationError({"network_allow": str(problem)}) from None
+        try:
+            self.keep_files = None if self.keep_files is None else globs.normalised(self.keep_files)
+        except (TypeError, ValueError) as problem:
+            raise ValidationError({"keep_files": str(problem)}) from None
 
 
 def default_scopes() -> list[str]:

@@ -1,5 +1,7 @@
 """The verbs: each tells its story top to bottom and owns its transactions."""
 
+from executions.operations.artifacts import artifacts_of, find_artifact
+from executions.operations.artifacts import pieces as artifact_pieces
 from executions.operations.attest import attest, last_attestations
 from executions.operations.background import background
 from executions.operations.cancel import request_cancel
@@ -13,9 +15,11 @@ from executions.operations.sessions import (
     get_file,
     list_files,
     open_session,
+    pause_session,
     put_file,
     remove_file,
     restart_session,
+    resume_session,
 )
 from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
@@ -25,6 +29,8 @@ from executions.operations.wait import cancel, execute, find_execution, wait
 __all__ = [
     "FirstStart",
     "Run",
+    "artifact_pieces",
+    "artifacts_of",
     "attest",
     "backend_states",
     "background",
@@ -34,6 +40,7 @@ __all__ = [
     "environment",
     "execute",
     "extend_session",
+    "find_artifact",
     "find_execution",
     "find_session",
     "first_start",
@@ -45,12 +52,14 @@ __all__ = [
     "mistakes",
     "offer",
     "open_session",
+    "pause_session",
     "put_file",
     "reap",
     "rebuild",
     "remove_file",
     "request_cancel",
     "restart_session",
+    "resume_session",
     "retire",
     "running",
     "seed",

@@ -11,11 +11,12 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import probe, templates
+from executions.operations import artifacts, probe, templates
 from executions.operations.reap import kill_orphans, reap
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
 METRICS_EVERY = 2
+PRUNE_EVERY = 150
 PROBES_EVERY = 0.25
 LAG_SECONDS = 0.25
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ async def background() -> None:
             _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
             _rounds("probes", probe.look, every=PROBES_EVERY),
             _rounds("templates", templates.sync),
+            _rounds("artifacts", _prune, every=PRUNE_EVERY),
             _rounds("metrics", _flush, every=METRICS_EVERY),
             _measure_lag(),
         )
@@ -55,6 +57,11 @@ async def _reap() -> None:
 async def _kill_orphans() -> None:
     if killed := await kill_orphans():
         log.warning("orphans_killed", extra={"sandboxes": killed})
+
+
+async def _prune() -> None:
+    if removed := await artifacts.prune():
+        log.info("artifacts_let_go", extra={"contents": removed})
 
 
 async def _flush() -> None:

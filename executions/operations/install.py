@@ -23,6 +23,7 @@ from executions.errors import InstallFailed, PackageDenied
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Package, Sandbox
+from executions.operations import pausing
 from executions.operations.sessions import gone_is_recorded
 from executions.operations.submit import claim_session, record_refusal
 from executions.states import Scope, Verdict
@@ -43,6 +44,7 @@ UV_SECONDS = 300
 async def install(*, caller: Caller, session_id: str, requirements: list[str]) -> list[Package]:
     """Make packages importable in a live session, without a restart. Raises PackageDenied, InstallFailed, SessionGone."""
     sandbox, reasons = await rows(_admit, caller, session_id, requirements)
+    await pausing.awake(sandbox)
     backend = backends.get(sandbox.backend)
     with gone_is_recorded(sandbox):
         version, present = await _look(sandbox)

@@ -15,7 +15,7 @@ from executions import backends, egress, ledger, metrics
 from executions.errors import BackendError
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
-from executions.operations import run
+from executions.operations import artifacts, pausing, run
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
@@ -42,6 +42,8 @@ async def retire(sandbox: Sandbox, reason: str) -> bool:
     """End a sandbox: RETIRING, kill, GONE. False while the kill is not confirmed; the row stays RETIRING for `reap`."""
     if not await rows(begin_retiring, sandbox, reason):
         return sandbox.state == S.GONE
+    if not await artifacts.keep_at_end(sandbox, reason):
+        return False
     await note_egress(sandbox, final=True)
     if not await run.kill(sandbox):
         return False
@@ -129,14 +131,15 @@ def find_over() -> list[tuple[Sandbox, str]]:
     """Open sandboxes that nobody may be using any more, with the reason why. Pending rows are left alone."""
     now = timezone.now()
     rows_open = Sandbox.objects.open().select_related("template")
-    found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in rows_open.filter(state=S.RETIRING)[:100]]
+    retiring = rows_open.filter(state=S.RETIRING).exclude(turning_until__gt=now)  # there, files are being kept
+    found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in retiring[:100]]
     found += [(s, EndReason.EXPIRED) for s in rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now)[:100]]
     used = Execution.objects.open().values("sandbox")
     live = rows_open.filter(leased_until__gte=now).exclude(state=S.RETIRING).exclude(pk__in=used)
     found += [
         (s, EndReason.IDLE)
         for s in live.filter(kept=True, state__in=[S.LEASED, S.PAUSED])[:500]
-        if s.last_used_at + timedelta(seconds=s.idle_timeout_seconds) < now
+        if not s.stays_paused and s.last_used_at + timedelta(seconds=s.idle_timeout_seconds) < now
     ]
     abandoned = Q(kept=False, state=S.LEASED) | Q(state=S.BOOTING, created_at__lt=now - BOOT_PATIENCE)
     found += [(s, EndReason.LOST) for s in live.filter(abandoned)[:100]]
@@ -160,6 +163,7 @@ async def reap(*, orphans: bool = True) -> int:
             return await retire(sandbox, reason)
 
     mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
+    mended += await pausing.pause_idle()
     await asyncio.gather(*(note_egress(sandbox) for sandbox in await rows(find_networked)))
     if orphans:
         mended += await kill_orphans()

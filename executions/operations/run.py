@@ -29,6 +29,7 @@ from executions.errors import (
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Attempt, Egress, Event, Execution, IllegalTransition, Sandbox, Usage, hot
+from executions.operations import artifacts, pausing
 from executions.operations.boot import boot, never_was, spec_of
 from executions.operations.submit import next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
@@ -80,6 +81,7 @@ class Run:
             results_limit=execution.limits.get("results", journal.RESULTS),
         )
         self.sandbox_lost = False
+        self.kept_said = ""
         self.events: list[Event] = []  # all that was written, for a caller that waited here
         self.went_out: list[EgressRecord] = []
         self.egress: list[Egress] = []
@@ -127,7 +129,10 @@ class Run:
         execution = self.execution
         sandbox = execution.sandbox
         assert sandbox is not None
-        if sandbox.handle is not None:  # a session's: already leased, the execution was admitted as running
+        if sandbox.handle is not None:  # a session's: already leased, the execution was admitted as running, or paused
+            if sandbox.state == S.PAUSED:
+                await self._stoppable(pausing.awake(sandbox))
+                await rows(self._mark_awake)
             return sandbox.handle
         waiting = [a for a in execution.route if a != sandbox.backend]
         while True:
@@ -175,6 +180,11 @@ class Run:
         now = timezone.now()
         isolation = backends.get(sandbox.backend).isolation
         sandbox.advance(S.LEASED, handle=handle, ready_at=now, isolation=isolation)
+        self.execution.advance(E.RUNNING, running_at=now, heartbeat_at=now)
+
+    @transaction.atomic(durable=True)
+    def _mark_awake(self) -> None:
+        now = timezone.now()
         self.execution.advance(E.RUNNING, running_at=now, heartbeat_at=now)
 
     # Converse
@@ -311,6 +321,8 @@ class Run:
         assert sandbox is not None
         lost = self.sandbox_lost
         ends = not sandbox.kept or lost
+        if self.execution.keep_files and not sandbox.ended_at:
+            await self._keep_files(lost)
         ended_at = timezone.now()
         known = await rows(egress.last_known, sandbox) if sandbox.kept and sandbox.network_allow else 0
         self.went_out = await egress.ask(sandbox, after=known, final=ends)
@@ -326,6 +338,22 @@ class Run:
             from executions.operations.reap import retire_when_killed
 
             retire_when_killed(sandbox, killing)
+
+    async def _keep_files(self, lost: bool) -> None:
+        """Keep what the run asked for; it is in use until then, and shows that it is."""
+        if lost or self.stopped_by is not None:
+            self.kept_said = artifacts.DIED if lost else "Nothing was kept: the run was stopped."
+            return
+        ended = asyncio.Event()
+        pulse = asyncio.create_task(self._pulse(ended))
+        try:
+            self.kept_said = await artifacts.keep_of_run(self.execution)
+        except Exception:
+            log.exception("keeping_failed", extra={"execution_id": self.execution.pk})
+            self.kept_said = "Nothing was kept: it failed."
+        finally:
+            ended.set()
+            await asyncio.wait({pulse})
 
     @transaction.atomic(durable=True)
     @hot.together()
@@ -371,6 +399,7 @@ class Run:
             cpu_us=j.cpu_us,
             peak_memory_bytes=j.peak_memory_bytes,
             output_bytes=j.output_bytes,
+            kept_said=self.kept_said,
             reason=columns.get("error_code", ""),
             **columns,
         )

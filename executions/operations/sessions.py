@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, egress, ledger, pool, quotas, routes
+from executions import backends, breaker, capacity, egress, pool, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendUnavailable,
@@ -27,7 +29,7 @@ from executions.errors import (
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution, Sandbox
-from executions.operations import reap, run
+from executions.operations import artifacts, pausing, reap, run
 from executions.operations.boot import boot, never_was
 from executions.operations.submit import (
     TwinAdmitted,
@@ -43,6 +45,7 @@ from executions.states import EndReason, SandboxState, Scope
 
 S = SandboxState
 SESSION_ENDED = "the session was ended"
+TOUCH_SECONDS = 5
 log = logging.getLogger(__name__)
 
 
@@ -86,19 +89,28 @@ def _admit(caller: Caller, request: SessionRequest, token: str | None) -> tuple[
 
 
 def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
-    assert caller.agent is not None
-    return pool.intend(
+    agent = caller.agent
+    assert agent is not None
+    has = backends.get(alias).capabilities
+    kept = agent.keep_files if request.keep_files is None else request.keep_files
+    pause_after = agent.pause_after_seconds if request.pause_after_seconds is None else request.pause_after_seconds
+    pause_after = settings.SESSION_PAUSE_AFTER_SECONDS if pause_after is None else pause_after
+    sandbox = pool.intend(
         caller,
         alias=alias,
-        template=find_template(caller.agent, request.template),
+        template=find_template(agent, request.template),
         seconds=request.timeout_seconds,
         kept=True,
         name=request.name,
         idle_timeout_seconds=request.idle_timeout_seconds,
         env=request.env,
         metadata=request.metadata,
-        network_allow=egress.allowed(caller.agent, request.network),
+        network_allow=egress.allowed(agent, request.network),
+        pause_after_seconds=pause_after if has.pause else 0,
+        keep_files=(artifacts.SESSION_DEFAULT if kept is None else kept) if has.files else [],
     )
+    pausing.reserve_until(sandbox, sandbox.leased_until)  # and the time in which its files are kept
+    return sandbox
 
 
 async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiting: list[str]) -> Sandbox:
@@ -168,31 +180,58 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
     """The session ends `seconds` from now. A later end is reserved first. Raises BudgetExhausted, SessionGone."""
     if not 1 <= seconds <= 86_400:
         raise Invalid("timeout_seconds: between 1 and 86400.", field="timeout_seconds")
-    sandbox = await rows(_extend, caller, session_id, seconds)
-    await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds)
+    caller.needs(Scope.RUN)
+    if sandbox := await rows(_extend_paused, caller, session_id, seconds):
+        return sandbox
+    sandbox = await _alive(caller, session_id)
+    end = await rows(_reserve, sandbox, seconds)
+    with gone_is_recorded(sandbox):
+        await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds + sandbox.grace_seconds)
+    await rows(Sandbox.objects.filter(pk=sandbox.pk).update, leased_until=end)
+    sandbox.leased_until = end
     return sandbox
 
 
 @transaction.atomic(durable=True)
-def _extend(caller: Caller, session_id: str, seconds: int) -> Sandbox:
-    caller.needs(Scope.RUN)
-    claim_session(caller, session_id)
-    sandbox = Sandbox.objects.select_for_update().select_related("agent", "template", "team").get(pk=session_id)
+def _extend_paused(caller: Caller, session_id: str, seconds: int) -> Sandbox | None:
+    """While it is paused and costs nothing its end is a matter of the row alone; to resume it reserves."""
+    sandbox = find_session(caller, session_id)
+    if sandbox.state != S.PAUSED or not pausing.is_free(sandbox):
+        return None
+    row = pausing.locked(session_id)
+    if row.state != S.PAUSED or row.turning_until is not None or row.leased_until <= timezone.now():
+        return None
+    row.leased_until = timezone.now() + timedelta(seconds=seconds)
+    row.save(update_fields=["leased_until"])
+    return row
+
+
+@transaction.atomic(durable=True)
+def _reserve(sandbox: Sandbox, seconds: int) -> datetime:
+    """A refusal leaves the end as it was; so does a backend that fails, and what was reserved then covers the next try."""
+    row = pausing.locked(sandbox.pk)
     end = timezone.now() + timedelta(seconds=seconds)
-    more = int((end - sandbox.leased_until).total_seconds()) + 1
-    if more > 0:
-        worst = more * sandbox.rate_nano_usd_per_second
-        owner = Caller(team=sandbox.team, agent=sandbox.agent, key=sandbox.key, person=sandbox.actor)
-        budgets = quotas.take(owner, nano_usd=worst)
-        if sorted(budgets) != sorted(sandbox.reserved_on):  # budgets were added or removed since it was opened
-            quotas.settle(budgets, release=worst)
-            quotas.settle(sandbox.reserved_on, release=-worst)
-        ledger.record_reservation(sandbox, worst)
-        Sandbox.objects.filter(pk=sandbox.pk).update(reserved_nano_usd=sandbox.reserved_nano_usd + worst)
-        sandbox.reserved_nano_usd += worst
-    Sandbox.objects.filter(pk=sandbox.pk).update(leased_until=end)
-    sandbox.leased_until = end
-    return sandbox
+    pausing.reserve_until(row, end)
+    sandbox.reserved_nano_usd, sandbox.reserved_on = row.reserved_nano_usd, row.reserved_on
+    return end
+
+
+async def pause_session(*, caller: Caller, session_id: str) -> Sandbox:
+    """Pause it until it is resumed, used, or its time is over: it does not end idle. Raises Conflict, SessionGone, Unsupported."""
+
+    def find() -> Sandbox:
+        caller.needs(Scope.RUN)
+        return find_session(caller, session_id)
+
+    sandbox = await rows(find)
+    await pausing.pause(sandbox, on_request=True)
+    return await rows(find)
+
+
+async def resume_session(*, caller: Caller, session_id: str) -> Sandbox:
+    """Resume it now, though any use of it does so. Raises BudgetExhausted, SessionGone, BackendUnavailable."""
+    await _alive(caller, session_id)
+    return await rows(find_session, caller, session_id)
 
 
 async def restart_session(*, caller: Caller, session_id: str) -> None:
@@ -212,7 +251,9 @@ async def _alive(caller: Caller, session_id: str, scope: str = Scope.RUN) -> San
         caller.needs(scope)
         return claim_session(caller, session_id)
 
-    return await rows(claim)
+    sandbox = await rows(claim)
+    await pausing.awake(sandbox)
+    return sandbox
 
 
 def _checked(path: str) -> str:
@@ -229,7 +270,8 @@ async def put_file(*, caller: Caller, session_id: str, path: str, data: bytes | 
     path = _checked(path)
     sandbox = await _alive(caller, session_id)
     with gone_is_recorded(sandbox):
-        await backends.get(sandbox.backend).write_file(sandbox.machine, path, data)
+        whole = data if isinstance(data, bytes) else _in_use(sandbox, data)
+        await backends.get(sandbox.backend).write_file(sandbox.machine, path, whole)
 
 
 async def get_file(*, caller: Caller, session_id: str, path: str) -> AsyncIterator[bytes]:
@@ -242,10 +284,20 @@ async def get_file(*, caller: Caller, session_id: str, path: str) -> AsyncIterat
 
     async def all_of_it() -> AsyncIterator[bytes]:
         yield first
-        async for piece in pieces:
+        async for piece in _in_use(sandbox, pieces):
             yield piece
 
     return all_of_it()
+
+
+async def _in_use(sandbox: Sandbox, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces; while they go through, the session is neither paused nor idle."""
+    touched = time.monotonic()
+    async for piece in pieces:
+        if time.monotonic() - touched > TOUCH_SECONDS:
+            touched = time.monotonic()
+            await rows(Sandbox.objects.filter(pk=sandbox.pk).update, last_used_at=timezone.now())
+        yield piece
 
 
 async def list_files(*, caller: Caller, session_id: str, path: str = "/home/user", depth: int = 1) -> list[FileInfo]:
@@ -285,7 +337,9 @@ __all__ = [
     "get_file",
     "list_files",
     "open_session",
+    "pause_session",
     "put_file",
     "remove_file",
     "restart_session",
+    "resume_session",
 ]

@@ -16,6 +16,7 @@ from executions import breaker, capacity, egress, metrics, pool, quotas, routes
 from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
+from executions.operations import artifacts, pausing
 from executions.serializers import Submission
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope
 
@@ -72,6 +73,8 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         left = int((sandbox.leased_until - timezone.now()).total_seconds())
         timeout = max(1, min(timeout, left))
         path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
+        if sandbox.state == SandboxState.PAUSED:
+            path = path[:-1]
     else:
         template = find_template(agent, request.template)
         network = egress.allowed(agent, request.network)
@@ -109,6 +112,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         files=request.files,
         timeout_seconds=timeout,
         limits=limits,
+        keep_files=_kept_by(agent, request),
         route=route.aliases,
         backend=sandbox.backend,
         cancel_on_disconnect=request.cancel_on_disconnect,
@@ -138,6 +142,13 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)
     return execution
+
+
+def _kept_by(agent: Agent, request: Submission) -> list[str]:
+    """What is kept of a run: what it says, else what its agent keeps, but for a session's, which keeps at its own end."""
+    if request.keep_files is not None:
+        return request.keep_files
+    return [] if request.session_id else agent.keep_files or []
 
 
 def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox | None:
@@ -175,17 +186,20 @@ def _skip(execution: Execution, alias: str, why: str, code: str = "") -> None:
 
 
 def claim_session(caller: Caller, session_id: str) -> Sandbox:
-    """The caller's live session, touched, so that it does not end idle under the run. NotFound, SessionGone, Conflict."""
+    """The caller's live session, touched, so that it does not end idle under the run; PAUSED where `awake` is to resume it.
+
+    Raises NotFound, SessionGone, Conflict, BudgetExhausted.
+    """
     sandbox = find_session(caller, session_id)
     if sandbox.ended_at or sandbox.state == SandboxState.RETIRING:
-        ended = f"{sandbox.ended_at:%H:%M} UTC" if sandbox.ended_at else "just now"
-        raise SessionGone(f"The session ended {ended} ({sandbox.end_reason or 'finished'}).", session_id=session_id)
+        raise artifacts.gone(sandbox)
     now = timezone.now()
     if sandbox.leased_until <= now:
         raise SessionGone("The session has reached its end.", session_id=session_id)
     if sandbox.handle is None:
         raise Conflict("The session is still starting.", session_id=session_id, retry_after=1)
-    hot.change(sandbox, {"last_used_at": now})
+    if not hot.move(sandbox, SandboxState.LEASED, {"last_used_at": now}):
+        pausing.rouse(sandbox)
     return sandbox
 
 

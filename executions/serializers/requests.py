@@ -7,11 +7,17 @@ import binascii
 from typing import Annotated, Any, TypeVar
 
 from django.conf import settings
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from executions import globs
 from executions.errors import Invalid, TooLarge
 from executions.journal import OUTPUT_BYTES, RESULTS
 from executions.network import MOST_RULES
+
+
+def _patterns(patterns: list[str] | None) -> list[str] | None:
+    return None if patterns is None else globs.normalised(patterns)
+
 
 NameValue = dict[
     Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
@@ -24,6 +30,8 @@ Hosts = Annotated[
         max_length=MOST_RULES,
     ),
 ]
+
+Kept = Annotated[list[Annotated[str, Field(max_length=250)]] | None, AfterValidator(_patterns)]
 
 
 class Accepted(BaseModel):
@@ -76,6 +84,10 @@ class Submission(Accepted):
     step: Short = ""
     parent: str | None = Field(None, description="The execution that this one belongs to.", max_length=40)
     metadata: dict[str, str] = Field({}, max_length=32)
+    keep_files: Kept = Field(
+        None,
+        description="Folders and globs below /home/user that are kept as artifacts at its end. Left out: the agent's.",
+    )
 
     @field_validator("code")
     @classmethod
@@ -117,6 +129,15 @@ class SessionRequest(Accepted):
     env: NameValue = {}
     network: Hosts = None
     metadata: dict[str, str] = Field({}, max_length=32)
+    pause_after_seconds: int | None = Field(
+        None,
+        ge=0,
+        le=86_400,
+        description="It is paused when nothing has run for so long; 0: never. Left out: the agent's.",
+    )
+    keep_files: Kept = Field(
+        None, description="Folders and globs below /home/user that are kept as artifacts at its end. Left out: outputs."
+    )
 
 
 class CancelRequest(Accepted):
