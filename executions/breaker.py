@@ -35,16 +35,10 @@ _seen: tuple[float, dict[str, BackendState]] = (-math.inf, {})
 _made: set[str] = set()  # where this process has made a sandbox since its last failure there
 
 
-def forget() -> None:
-    """Read the rows anew at the next look."""
+def look(*, again: bool = False) -> dict[str, BackendState]:
+    """The rows of all backends that have one, at most SEEN_SECONDS old; `again`: as they are now."""
     global _seen
-    _seen = (-math.inf, {})
-
-
-def look() -> dict[str, BackendState]:
-    """The rows of all backends that have one, at most SEEN_SECONDS old."""
-    global _seen
-    if time.monotonic() - _seen[0] > SEEN_SECONDS:
+    if again or time.monotonic() - _seen[0] > SEEN_SECONDS:
         _seen = (time.monotonic(), {row.alias: row for row in BackendState.objects.all()})
     return _seen[1]
 
@@ -91,7 +85,7 @@ def lets_one_through(alias: str) -> bool:
     if now - UNATTENDED < (seen(alias).retry_at or now):
         return False
     through = overdue.update(state=OPEN, silent=True, retry_at=now, changed_at=now, probe_by="")  # `clear` may close it
-    forget()
+    look(again=True)
     return through == 1
 
 
@@ -109,7 +103,7 @@ def clear(alias: str) -> None:
     """A failure was one alone; and what is merely slow, not silent, is used again."""
     BackendState.objects.filter(alias=alias, state=CLOSED, streak__gt=0).update(streak=0)
     _close(BackendState.objects.filter(alias=alias, state=OPEN, silent=True), alias)
-    forget()
+    look(again=True)
 
 
 def failed(alias: str, why: str, *, began: datetime, retry_after: float = 0, silent: bool = False) -> None:
@@ -132,7 +126,7 @@ def failed(alias: str, why: str, *, began: datetime, retry_after: float = 0, sil
     opened = {"state": OPEN, "opened_at": now, "retry_at": until, "tries": 0, "silent": silent, **now_known}
     if closed.filter(enough).update(**opened):
         log.warning("breaker_opened", extra={"backend": alias, "reason": why[:200]})
-    forget()
+    look(again=True)
 
 
 # The probe
@@ -159,7 +153,7 @@ def claim(alias: str) -> str:
     taken = BackendState.objects.filter(_due(now), alias=alias).update(
         state=HALF_OPEN, probe_by=token, probe_until=now + LEASE, changed_at=now
     )
-    forget()
+    look(again=True)
     return token if taken else ""
 
 
@@ -175,7 +169,7 @@ def answered(alias: str, token: str, why: str, *, retry_after: float = 0) -> Non
             state=OPEN, tries=F("tries") + 1, reason=why[:200], probe_by="", changed_at=now,
             retry_at=now + timedelta(seconds=wait), silent=False,
         )  # fmt: skip
-    forget()
+    look(again=True)
 
 
 def _close(rows, alias: str) -> None:
@@ -192,12 +186,12 @@ def drill(alias: str, *, by: str, seconds: float) -> None:
     BackendState.objects.bulk_create([BackendState(alias=alias)], ignore_conflicts=True)
     until = timezone.now() + min(timedelta(seconds=seconds), DRILL_MOST)
     BackendState.objects.filter(alias=alias).update(drill_by=by[:100], drill_until=until)
-    forget()
+    look(again=True)
 
 
 def lift(alias: str) -> None:
     BackendState.objects.filter(alias=alias).update(drill_by="", drill_until=None)
-    forget()
+    look(again=True)
 
 
 def drilled(alias: str) -> str:

@@ -11,6 +11,7 @@ from executions.keys import Caller
 from executions.models import Sandbox, Template
 from executions.states import SandboxState
 
+ACCOUNT = "System"  # the team whose agents pay for what nobody asked for
 MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provider's timeout includes it
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from django.conf import settings
 
@@ -13,17 +13,25 @@ from executions.backends.base import Backend
 from executions.errors import Invalid, NoBackend
 from executions.keys import Caller
 from executions.models import Agent, Template
-from executions.states import ISOLATION, LANGUAGES
+from executions.states import ISOLATION, LANGUAGES, SkipCode
 
 T = TypeVar("T")
 
 
+class Skipped(NamedTuple):
+    """A backend that was left out, and why: `code` is empty where a rule or a capability says so."""
+
+    alias: str
+    why: str
+    code: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The aliases to try, first one first, and (alias, sentence) for each that was left out."""
+    """The aliases to try, first one first, and those that were left out."""
 
     aliases: list[str]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def plan(
@@ -58,12 +66,11 @@ def plan(
     route, waits = Route([]), []
     for alias in wanted:
         why = _unfit(alias, agent, language, commands, template, run_limits)
-        why = why or backends.get(alias).network_refusal(rules)
-        if not why and fresh and (out := breaker.outage(alias)) and not breaker.lets_one_through(alias):
-            why = out
+        if why := why or backends.get(alias).network_refusal(rules):
+            route.skipped.append(Skipped(alias, why))
+        elif fresh and (out := breaker.outage(alias)) and not breaker.lets_one_through(alias):
+            route.skipped.append(Skipped(alias, out, SkipCode.OUT))
             waits.append(breaker.retry_after(alias))
-        if why:
-            route.skipped.append((alias, why))
         else:
             route.aliases.append(alias)
     if not route.aliases:
@@ -81,17 +88,17 @@ def first(route: Route, claim: Callable[[str], T]) -> T:
             return claim(alias)
         except capacity.Full as full:
             route.aliases.remove(alias)
-            route.skipped.append((alias, str(full)))
+            route.skipped.append(Skipped(alias, str(full), SkipCode.FULL))
     raise _none_of(route, [capacity.RETRY_SECONDS])
 
 
 def _none_of(route: Route, waits: list[int]) -> NoBackend:
     """Nothing in the route can take it; `waits` are the seconds after which some of it may."""
-    said = "; ".join(f"{alias}: {why}" for alias, why in route.skipped) or "the route is empty"
+    said = "; ".join(f"{left.alias}: {left.why}" for left in route.skipped) or "the route is empty"
     return NoBackend(
         f"No backend can take this: {said}.",
         remedy=f"Try again in {min(waits)} s, or name another route." if waits else None,
-        skipped=[list(s) for s in route.skipped],
+        skipped=[[left.alias, left.why] for left in route.skipped],
         retry_after=min(waits, default=None),
     )
 

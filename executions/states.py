@@ -75,6 +75,13 @@ class AttemptOutcome(TextChoices):
     LOST = "lost"
 
 
+class SkipCode(TextChoices):
+    """Why a backend was left out that could have taken it at another time; a rule or a capability has no code."""
+
+    OUT = "backend_out"
+    FULL = "backend_full"
+
+
 class BreakerState(TextChoices):
     """Whether sandboxes are asked for at a backend."""
 

@@ -18,7 +18,7 @@ from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.operations import artifacts, pausing
 from executions.serializers import Submission
-from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope
+from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope, SkipCode
 
 E = ExecutionState
 INTERPRETERS = {"python": "python3 -u", "bash": "bash", "javascript": "node", "r": "Rscript"}
@@ -131,8 +131,15 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         heartbeat_at=now,
     )
     attempts = [
-        Attempt(execution=execution, number=n, backend=alias, outcome=AttemptOutcome.SKIPPED, reason=why[:500])
-        for n, (alias, why) in enumerate(route.skipped, start=1)
+        Attempt(
+            execution=execution,
+            number=n,
+            backend=left.alias,
+            outcome=AttemptOutcome.SKIPPED,
+            reason=left.why[:500],
+            code=left.code,
+        )
+        for n, left in enumerate(route.skipped, start=1)
     ]
     attempts.append(
         Attempt(execution=execution, number=len(attempts) + 1, backend=sandbox.backend, sandbox=sandbox, started_at=now)
@@ -154,7 +161,7 @@ def _kept_by(agent: Agent, request: Submission) -> list[str]:
 def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox | None:
     """The intent to boot on the next backend of the route; None, and an attempt that says why, where it is left out."""
     if why := breaker.outage(alias):
-        return _skip(execution, alias, why)
+        return _skip(execution, alias, why, SkipCode.OUT)
     try:
         with transaction.atomic(durable=True):
             old = execution.sandbox
@@ -173,13 +180,13 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
     except Refused as refusal:
         return _skip(execution, alias, refusal.detail, refusal.code)
     except capacity.Full as full:
-        return _skip(execution, alias, str(full))
+        return _skip(execution, alias, str(full), SkipCode.FULL)
     execution.tried.append(attempt)
     execution.sandbox, execution.backend = sandbox, alias
     return sandbox
 
 
-def _skip(execution: Execution, alias: str, why: str, code: str = "") -> None:
+def _skip(execution: Execution, alias: str, why: str, code: str) -> None:
     number = len(execution.tried) + 1
     fields = {"outcome": AttemptOutcome.SKIPPED, "reason": why[:500], "code": code}
     execution.tried.append(Attempt.objects.create(execution=execution, number=number, backend=alias, **fields))

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from executions.egress import hint
-from executions.models import Artifact, Egress, Event, Execution, Package, Sandbox, Template
-from executions.states import EventKind, ExecutionState, NamedLimit
+from executions.models import Artifact, Attempt, Egress, Event, Execution, Package, Sandbox, Template
+from executions.states import AttemptOutcome, EventKind, ExecutionState, NamedLimit, SkipCode
 
 
 class Logs(BaseModel):
@@ -77,6 +77,7 @@ class ExecutionShape(BaseModel):
     limits_reached: list[str] = Field([], description="Named limits: of error_code, and of what was cut.")
     execution_count: int | None = None
     attempts: list[AttemptShape] = []
+    fell_back: str = Field("", description="What was out or full, so that it did not run on the first of its route.")
     egress: list[EgressShape] = Field(
         default=[], description="What went out, or was refused; seen from outside the sandbox."
     )
@@ -236,10 +237,19 @@ def execution_shape(
         AttemptShape(number=a.number, backend=a.backend, outcome=a.outcome, code=a.code, reason=a.reason)
         for a in attempts
     ]
+    shape.fell_back = _fell_back(attempts)
     shape.egress = [egress_shape(row) for row in egress]
     if shape.error and not shape.detail:
         shape.detail = hint(execution.agent.name, allow, shape.error.name, shape.error.value, egress)
     return shape
+
+
+def _fell_back(attempts: list[Attempt]) -> str:
+    """Why another backend had to take it; empty where the first did that its agent's rules allow."""
+    said = [
+        f"{a.backend}: {a.reason}" for a in attempts if a.outcome == AttemptOutcome.UNAVAILABLE or a.code in SkipCode
+    ]
+    return "; ".join(said)
 
 
 def egress_shape(row: Egress) -> EgressShape:
