@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, ClassVar
 
 from executions.errors import Unsupported
@@ -35,6 +36,7 @@ class Capabilities:
     pause_is_free: bool = False  # what is paused costs nothing; otherwise it holds its memory, and is billed on
     run_limits: bool = False  # memory of a fresh sandbox and CPU time of a run are limited as asked
     metrics: bool = False  # runs end with a `usage` event, measured from outside the sandbox
+    samples: bool = False  # samples() tells what a sandbox uses, every few seconds, as the provider sees it
     ports: bool = False  # open_port() reaches the data plane of the sandbox
 
 
@@ -117,6 +119,19 @@ class Listed:
     sandbox_id: str  # ours, from the metadata; "" where it is not ours
     handle: Handle
     started_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a sandbox used at one moment, as its provider has seen it."""
+
+    at: str  # ISO 8601
+    cpu_count: int
+    cpu_percent: float  # of all of them
+    memory_bytes: int
+    memory_limit_bytes: int
+    disk_bytes: int
+    disk_limit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +274,10 @@ class Backend:
 
     async def open_port(self, handle: Handle, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A byte stream to a port of the sandbox's data plane (49983, 49999). SandboxLost, or ConnectionRefusedError."""
+        raise Unsupported
+
+    async def samples(self, handle: Handle, *, since: datetime | None = None) -> list[Sample]:
+        """What the sandbox used, oldest first; from its birth or from `since` on. SandboxLost where it is not known."""
         raise Unsupported
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:

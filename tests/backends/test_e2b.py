@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from executions.backends.base import SandboxSpec
-from executions.backends.e2b import E2BBackend, _lines
-from executions.errors import BackendError, BackendUnavailable, ContextUnknown, SandboxLost, Unsupported
+from executions.backends.e2b import E2BBackend
+from executions.backends.e2b.stream import lines
+from executions.errors import BackendError, BackendUnavailable, ContextUnknown, SandboxLost, SandboxRefused, Unsupported
 from tests import servers
 from tests.backends.contract import BackendContract
 from tests.product import Product
@@ -59,7 +60,7 @@ class Answering(BaseHTTPRequestHandler):
     """An API that answers everything with one status, and repeats the key that it was sent."""
 
     def do_POST(self) -> None:
-        self.server.asked += 1  # type: ignore[attr-defined]
+        self.server.asked += self.command == "POST"  # type: ignore[attr-defined]
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.dumps({"code": self.server.status, "message": f"no, {self.headers['X-API-KEY']}"}).encode()  # type: ignore[attr-defined]
         self.send_response(self.server.status)  # type: ignore[attr-defined]
@@ -91,8 +92,7 @@ HANDLE = {
     "e2b_id": "i0",
     "domain": None,
     "envd_version": "0.5.7",
-    "token": "t0ken",
-    "traffic_token": None,
+    "token": "",
 }
 
 
@@ -103,6 +103,8 @@ async def test_a_refused_create_means_that_nothing_is_there_and_is_asked_once(st
             await backend.create(SPEC)
 
     assert server.asked == 1
+    assert isinstance(refused.value, SandboxRefused) == (status in (400, 404))
+    assert bool(refused.value.facts.get("perhaps")) == (status in (409, 422, 500, 502, 504))
     assert str(status) in refused.value.detail
     assert "5ec7e7" not in refused.value.detail
     assert refused.value.__cause__ is None
@@ -168,8 +170,8 @@ def test_an_alias_without_addresses_is_e2bs_cloud(monkeypatch):
         E2BBackend("b", {"API_KEY": "k", "DOMAIN": "own.example.org"}),
     )
 
-    assert cloud._account["api_url"] == "https://api.e2b.app"
-    assert own._account["api_url"] == "https://api.own.example.org"
+    assert cloud.account.settings["api_url"] == "https://api.e2b.app"
+    assert own.account.settings["api_url"] == "https://api.own.example.org"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,10 @@ def test_an_alias_without_addresses_is_e2bs_cloud(monkeypatch):
 )
 def test_templates_have_e2bs_names(ours, mapped, theirs):
     assert E2BBackend("e2b", {}).template_name(ours, mapped) == theirs
+
+
+async def alive() -> None:
+    """The sandbox is there."""
 
 
 class Said:
@@ -191,12 +197,12 @@ class Said:
 
 
 async def test_lines_are_put_together_from_pieces():
-    lines = _lines(Said(b'{"a"', b': 1}\n{"b": ', b'"\xc3', b'\xa9"}\n'), time.monotonic() + 5)
+    said = lines(Said(b'{"a"', b': 1}\n{"b": ', b'"\xc3', b'\xa9"}\n'), time.monotonic() + 5, alive)
 
-    assert [line async for line in lines] == [{"a": 1}, {"b": "é"}]
+    assert [line async for line in said] == [{"a": 1}, {"b": "é"}]
 
 
 @pytest.mark.parametrize("piece", [b"nonsense\n", b"x" * (33 << 20)], ids=["no_json", "endless"])
 async def test_a_stream_that_is_none_is_a_lost_sandbox(piece):
     with pytest.raises(SandboxLost):
-        [line async for line in _lines(Said(piece, piece, piece), time.monotonic() + 60)]
+        [line async for line in lines(Said(piece, piece, piece), time.monotonic() + 60, alive)]

@@ -6,7 +6,7 @@ import pytest
 from django.core.exceptions import ValidationError
 
 from executions import backends, egress, operations
-from executions.backends.e2b import E2BBackend, _network
+from executions.backends.e2b.backend import E2BBackend, _network
 from executions.errors import Forbidden, Invalid, NoBackend
 from executions.hop import rows
 from executions.models import Agent, Egress, Sandbox
