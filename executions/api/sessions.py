@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -83,6 +84,25 @@ async def timeout(request: HttpRequest, session_id: str) -> HttpResponse:
     caller, asked = await rows(lambda: (caller_of(request), parse(TimeoutRequest, body_of(request))))
     sandbox = await operations.extend_session(caller=caller, session_id=session_id, seconds=asked.timeout_seconds)
     return answer(session_shape(sandbox))
+
+
+@answers
+async def pause(request: HttpRequest, session_id: str) -> HttpResponse:
+    """POST: variables and files are kept, no CPU is used; any later use resumes it."""
+    return await _turned(request, session_id, operations.pause_session)
+
+
+@answers
+async def resume(request: HttpRequest, session_id: str) -> HttpResponse:
+    """POST: it runs again when this answers; what it may cost from now on is reserved first."""
+    return await _turned(request, session_id, operations.resume_session)
+
+
+async def _turned(request: HttpRequest, session_id: str, verb: Callable[..., Awaitable[Sandbox]]) -> HttpResponse:
+    if request.method != "POST":
+        raise Invalid("POST only.", field="method")
+    caller = await rows(caller_of, request)
+    return answer(session_shape(await verb(caller=caller, session_id=session_id)))
 
 
 @answers

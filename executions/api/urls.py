@@ -1,6 +1,6 @@
 from django.urls import path
 
-from executions.api import executions, metrics, problems, reading, sessions
+from executions.api import artifacts, executions, metrics, problems, reading, sessions
 
 
 def schema(request):
@@ -20,9 +20,14 @@ urlpatterns = [
     path("api/v1/executions/<str:execution_id>", executions.detail),
     path("api/v1/executions/<str:execution_id>/events", executions.events),
     path("api/v1/executions/<str:execution_id>/cancel", executions.cancel),
+    path("api/v1/executions/<str:execution_id>/artifacts", artifacts.of_execution),
+    path("api/v1/artifacts/<str:artifact_id>", artifacts.content),
     path("api/v1/sessions", sessions.collection),
     path("api/v1/sessions/<str:session_id>", sessions.detail),
     path("api/v1/sessions/<str:session_id>/timeout", sessions.timeout),
+    path("api/v1/sessions/<str:session_id>/pause", sessions.pause),
+    path("api/v1/sessions/<str:session_id>/resume", sessions.resume),
+    path("api/v1/sessions/<str:session_id>/artifacts", artifacts.of_session),
     path("api/v1/sessions/<str:session_id>/files", sessions.files),
     path("api/v1/sessions/<str:session_id>/packages", sessions.packages),
     path("api/v1/templates", reading.templates),

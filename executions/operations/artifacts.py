@@ -70,7 +70,9 @@ class Tally:
     def sentence(self) -> str:
         count = len(self.names)
         said = [
-            f"{count} file{'' if count == 1 else 's'} kept ({self.size_bytes:,} bytes)" if count else "Nothing was kept"
+            f"{count} file{'' if count == 1 else 's'} kept ({self.size_bytes:,} byte{'' if self.size_bytes == 1 else 's'})"
+            if count
+            else "Nothing was kept"
         ]
         said += [f"{number} left out: {why}" for why, number in self.left_out.items()]
         said += [self.stopped] if self.stopped else []

@@ -10,6 +10,7 @@ from executions.serializers.requests import (
     parse,
 )
 from executions.serializers.shapes import (
+    ArtifactList,
     ArtifactShape,
     AttemptShape,
     CodeError,
@@ -36,6 +37,7 @@ from executions.serializers.shapes import (
 
 __all__ = [
     "Accepted",
+    "ArtifactList",
     "ArtifactShape",
     "AttemptShape",
     "CancelRequest",

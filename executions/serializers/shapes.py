@@ -99,6 +99,8 @@ class ExecutionShape(BaseModel):
     step: str = ""
     parent: str | None = None
     metadata: dict[str, Any] = {}
+    keep_files: list[str] = []
+    kept: str = Field("", description="What was kept as artifacts: GET /executions/{id}/artifacts.")
     door: str = ""
     request_id: str = ""
     code_sha256: str = ""
@@ -120,6 +122,9 @@ class SessionShape(BaseModel):
     network: list[str]
     end_at: datetime
     idle_timeout_seconds: int
+    pause_after_seconds: int = Field(0, description="Paused when nothing has run for so long; 0: never.")
+    keep_files: list[str] = Field([], description="Kept as artifacts at its end: GET /sessions/{id}/artifacts.")
+    kept: str = Field("", description="What was kept at its end, or why not.")
     end_reason: str
     reserved_usd: str
     cost_usd: str
@@ -181,12 +186,25 @@ class LimitShape(BaseModel):
 
 
 class ArtifactShape(BaseModel):
+    """A file that was kept: of one run, or of the whole session."""
+
     id: str
-    name: str
+    name: str = Field(description="Its path below /home/user, or where it lay elsewhere.")
     mime: str
     size_bytes: int
     sha256: str
+    execution_id: str | None = None
+    session_id: str | None = None
     created_at: datetime
+    expires_at: datetime
+    url: str
+
+
+class ArtifactList(BaseModel):
+    """`kept` says in one sentence what was kept and what was left out, once the end has come."""
+
+    kept: str
+    results: list[ArtifactShape]
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float | None:
@@ -295,6 +313,8 @@ def execution_head(execution: Execution) -> ExecutionShape:
         step=execution.step,
         parent=execution.parent_id,
         metadata=execution.metadata,
+        keep_files=execution.keep_files,
+        kept=execution.kept_said,
         door=execution.door,
         request_id=execution.request_id,
         code_sha256=execution.code_sha256,
@@ -323,6 +343,9 @@ def session_shape(sandbox: Sandbox) -> SessionShape:
         network=sandbox.network_allow,
         end_at=sandbox.leased_until,
         idle_timeout_seconds=sandbox.idle_timeout_seconds,
+        pause_after_seconds=sandbox.pause_after_seconds,
+        keep_files=sandbox.keep_files,
+        kept=sandbox.kept_said,
         end_reason=sandbox.end_reason,
         reserved_usd=dollars(sandbox.reserved_nano_usd),
         cost_usd=dollars(sandbox.spent_nano_usd),
@@ -370,5 +393,9 @@ def artifact_shape(artifact: Artifact) -> ArtifactShape:
         mime=artifact.mime,
         size_bytes=artifact.size_bytes,
         sha256=artifact.sha256,
+        execution_id=artifact.execution_id,
+        session_id=None if artifact.execution_id else artifact.sandbox_id,
         created_at=artifact.created_at,
+        expires_at=artifact.expires_at,
+        url=f"/api/v1/artifacts/{artifact.id}",
     )

@@ -1,37 +1,18 @@
 """The REST door: what it accepts, what it refuses, and with which words."""
 
-import json
-
 import pytest
 
 from executions import keys, operations
+from executions.backends.base import Backend
+from executions.backends.scripted import ScriptedBackend
 from executions.hop import rows
-from executions.models import Execution, Quota, Sandbox
+from executions.models import Artifact, Execution, Quota, Sandbox
 from executions.serializers import SessionRequest
 from executions.states import Scope, Unit, Window
 from tests.plane.conftest import asks
 
 pytestmark = pytest.mark.django_db
 RUN = "/api/v1/executions"
-
-
-@pytest.fixture(autouse=True)
-def routed(agent, seeded):
-    agent.route = ["first", "second"]
-    agent.save()
-
-
-@pytest.fixture
-def call(async_client, key):
-    async def send(method: str, path: str, body=None, *, token: str | None = key, raw: bytes | None = None, **headers):
-        named = {"Authorization": f"Bearer {token}"} if token else {}
-        data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
-        answer = await async_client.generic(
-            method, path, data, content_type="application/json", headers={**named, **headers}
-        )
-        return answer
-
-    return send
 
 
 async def test_a_run_answers_with_its_whole_record(call, agent):
@@ -237,7 +218,8 @@ async def test_a_path_that_is_none_is_refused_before_any_sandbox_is_asked(call, 
     assert (answer.status_code, answer.json()["code"]) == (400, "file_refused")
 
 
-async def test_a_capability_that_a_backend_lacks_is_said_by_name(call):
+async def test_a_capability_that_a_backend_lacks_is_said_by_name(call, monkeypatch):
+    monkeypatch.setattr(ScriptedBackend, "list_files", Backend.list_files)
     session = (await call("POST", "/api/v1/sessions", {})).json()
     answer = await call("GET", f"/api/v1/sessions/{session['id']}/files?path=/home/user&list=1")
 
@@ -289,10 +271,15 @@ MATRIX = {  # route: (method, what Ada's full key gets, a read-only key, Eve's k
     "api/v1/executions/<str:execution_id>": ("GET", 200, 200, 404),
     "api/v1/executions/<str:execution_id>/events": ("GET", 200, 200, 404),
     "api/v1/executions/<str:execution_id>/cancel": ("POST", 202, 403, 404),
+    "api/v1/executions/<str:execution_id>/artifacts": ("GET", 200, 200, 404),
+    "api/v1/artifacts/<str:artifact_id>": ("GET", 200, 200, 404),
     "api/v1/sessions": ("POST", 201, 403, 201),
     "api/v1/sessions/<str:session_id>": ("GET", 200, 200, 404),
     "api/v1/sessions/<str:session_id>/timeout": ("POST", 200, 403, 404),
-    "api/v1/sessions/<str:session_id>/files": ("PUT", 400, 403, 404),  # 400: simulated machines have no files
+    "api/v1/sessions/<str:session_id>/pause": ("POST", 200, 403, 404),
+    "api/v1/sessions/<str:session_id>/resume": ("POST", 200, 403, 404),
+    "api/v1/sessions/<str:session_id>/artifacts": ("GET", 200, 200, 404),
+    "api/v1/sessions/<str:session_id>/files": ("PUT", 201, 403, 404),
     "api/v1/sessions/<str:session_id>/packages": ("POST", 403, 403, 404),  # 403: the agent's list is empty
     "api/v1/templates": ("GET", 200, 200, 200),
     "api/v1/backends": ("GET", 200, 200, 200),
@@ -315,9 +302,11 @@ def test_every_route_stands_in_the_matrix():
 @pytest.mark.parametrize("route", sorted(MATRIX))
 async def test_who_gets_what(call, caller, agent, key, eve_key, route):
     method, full, read_only, foreign = MATRIX[route]
-    execution = await operations.execute(caller=caller, request=asks())
+    execution = await operations.execute(caller=caller, request=asks(keep_files=["*"], files={"a.txt": "YQ=="}))
     session = await operations.open_session(caller=caller, request=SessionRequest())
+    artifact = await Artifact.objects.aget(execution=execution.id)
     path = "/" + route.replace("<str:execution_id>", execution.id).replace("<str:session_id>", session.pk)
+    path = path.replace("<str:artifact_id>", artifact.pk)
     path += "?path=/tmp/x" if path.endswith("/files") else ""
 
     def make():
