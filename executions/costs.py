@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 
 from django.conf import settings
@@ -11,12 +12,25 @@ from executions.models import Rate, hot
 NANO = 1_000_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one allocated second costs; not known means that the configured ceiling stands in for rates that are missing."""
+
+    nano_usd_per_second: int
+    is_known: bool
+
+
+def price(alias: str, *, cpu_count: int, memory_mib: int, at: datetime) -> Price:
+    """The price of one allocated second of such a sandbox, by the rates of that moment. Never free for want of a rate."""
+    rates = hot.prices(alias, at)
+    if Rate.VCPU not in rates or Rate.GIB not in rates:
+        return Price(settings.RATE_CEILING_NANO_USD_PER_SECOND, is_known=False)
+    return Price(rates[Rate.VCPU] * cpu_count + -(-rates[Rate.GIB] * memory_mib // 1024), is_known=True)
+
+
 def rate(alias: str, *, cpu_count: int, memory_mib: int, at: datetime) -> int:
-    """Nano-dollars for one allocated second of such a sandbox. A price that is not known is the ceiling, never free."""
-    prices = hot.prices(alias, at)
-    if Rate.VCPU not in prices or Rate.GIB not in prices:
-        return settings.RATE_CEILING_NANO_USD_PER_SECOND
-    return prices[Rate.VCPU] * cpu_count + -(-prices[Rate.GIB] * memory_mib // 1024)
+    """Nano-dollars for one allocated second of such a sandbox. A price that is not known is the ceiling."""
+    return price(alias, cpu_count=cpu_count, memory_mib=memory_mib, at=at).nano_usd_per_second
 
 
 def cost(duration_us: int, rate_nano_usd_per_second: int) -> int:

@@ -26,7 +26,8 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     margin = 0 if fields.get("kept") else MARGIN_SECONDS  # a session ends when it was said to end
     seconds += margin
     memory_mib = fields.pop("memory_mib", template.memory_mib)
-    rate = costs.rate(alias, cpu_count=template.cpu_count, memory_mib=memory_mib, at=now)
+    price = costs.price(alias, cpu_count=template.cpu_count, memory_mib=memory_mib, at=now)
+    rate = price.nano_usd_per_second
     fits = f"One second costs {costs.usd(rate)}" + (f"; {margin} s are added for boot and settling." if margin else ".")
     budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
     sandbox = Sandbox.born(
@@ -41,6 +42,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         cpu_count=template.cpu_count,
         memory_mib=memory_mib,
         rate_nano_usd_per_second=rate,
+        is_priced=price.is_known,
         reserved_nano_usd=rate * seconds,
         reserved_on=budgets,
         leased_until=now + timedelta(seconds=seconds),

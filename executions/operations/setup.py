@@ -14,14 +14,19 @@ from executions.costs import NANO
 from executions.models import Agent, Membership, Quota, Rate, Team, Template, User
 from executions.states import Role, Scope, Unit, Window
 
-# E2B's published prices per allocated second (e2b.dev/pricing, November 2026); the machine's own is an estimate of
-# what such a core costs to keep ($0.01 an hour, $0.002 a GiB-hour), to be edited in the admin.
+# E2B's published prices per allocated second, and its Hobby plan's fee, which is none (reports/spend.py has the plans);
+# the machine's own is an estimate of what such a core costs to keep ($0.01 an hour, $0.002 a GiB-hour), to be edited
+# in the admin.
 RATES = {
-    "e2b": {Rate.VCPU: 14_000, Rate.GIB: 4_500},
+    "e2b": {Rate.VCPU: 14_000, Rate.GIB: 4_500, Rate.MONTH: 0},
     "local": {Rate.VCPU: 2_778, Rate.GIB: 556},
     "scripted": {Rate.VCPU: 0, Rate.GIB: 0},
 }
-SOURCES = {"e2b": "e2b.dev/pricing", "local": "estimate: edit it", "scripted": "nothing runs there"}
+SOURCES = {
+    "e2b": "e2b.dev/docs/faq/calculate-sandbox-price, Hobby plan, November 2026",
+    "local": "estimate: edit it",
+    "scripted": "nothing runs there",
+}
 
 
 @dataclass(frozen=True, slots=True)
