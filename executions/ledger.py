@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import datetime
 from typing import Any
 
 from django.utils import timezone
 
 from executions import costs, quotas
-from executions.models import Execution, LedgerEntry, Sandbox, Usage, hot
+from executions.models import Claim, Execution, LedgerEntry, Sandbox, Usage, hot
 
 
 def record_reservation(sandbox: Sandbox, amount_nano_usd: int) -> None:
@@ -64,17 +65,72 @@ def bill(
     }
 
 
+def own_time(sandbox: Sandbox, until: datetime) -> list[tuple[str, datetime]]:
+    """The stretches of a sandbox's time that belong to no execution: idle, or in a pool that nobody took it from."""
+    if sandbox.made_of and sandbox.metered_until is None:
+        return [(Usage.BOOT, sandbox.ready_at or until), (Usage.POOL, until)]
+    return [(Usage.IDLE, until)]
+
+
+def bill_claims(claims: list[Claim]) -> None:
+    """Bill to their pools what claimed sandboxes cost until they were claimed; give the rest of the reservations back.
+
+    Call it in a transaction that holds the rows, with their sandboxes and their pools' agents.
+    """
+    usage, entries, sums = [], [], defaultdict[int, list[int]](lambda: [0, 0])
+    for claim in claims:
+        sandbox, account = claim.sandbox, claim.pool.agent
+        assert account is not None
+        ready_at = sandbox.ready_at or sandbox.created_at
+        claim.spent_nano_usd = 0
+        for kind, since, until in ((Usage.BOOT, sandbox.created_at, ready_at), (Usage.POOL, ready_at, claim.at)):
+            duration_us = max(0, int((until - since).total_seconds() * 1_000_000))
+            price = costs.cost(duration_us, sandbox.rate_nano_usd_per_second)
+            claim.spent_nano_usd += price
+            usage.append(
+                Usage(
+                    team_id=account.team_id,
+                    agent_id=account.pk,
+                    sandbox_id=sandbox.pk,
+                    backend=sandbox.backend,
+                    kind=kind,
+                    duration_us=duration_us,
+                    rate_nano_usd_per_second=sandbox.rate_nano_usd_per_second,
+                    cost_nano_usd=price,
+                    at=until,
+                )
+            )
+        rest = max(0, claim.reserved_nano_usd - claim.spent_nano_usd)
+        for quota_id in claim.reserved_on:
+            sums[quota_id][0] += claim.reserved_nano_usd
+            sums[quota_id][1] += claim.spent_nano_usd
+        paid_by = (account.team_id, claim.reserved_on, sandbox.pk)
+        entries += _lines(*paid_by, LedgerEntry.SPEND, claim.spent_nano_usd) if claim.spent_nano_usd else []
+        entries += _lines(*paid_by, LedgerEntry.RELEASE, rest) if rest else []
+    hot.insert(usage)
+    for quota_id, (release, spend) in sorted(sums.items()):
+        hot.settle(quota_id, release, spend)
+    hot.insert(entries)
+    Claim.objects.bulk_update(claims, ["spent_nano_usd"])
+
+
 def _entries(sandbox: Sandbox, kind: str, amount: int, execution: Execution | None = None) -> list[LedgerEntry]:
+    return _lines(sandbox.team_id, sandbox.reserved_on, sandbox.pk, kind, amount, execution)
+
+
+def _lines(
+    team_id: str, budgets: list[int], sandbox_id: str, kind: str, amount: int, execution: Execution | None = None
+) -> list[LedgerEntry]:
     now = timezone.now()
     return [
         LedgerEntry(
-            team_id=sandbox.team_id,
+            team_id=team_id,
             quota_id=quota_id,
-            sandbox_id=sandbox.pk,
+            sandbox_id=sandbox_id,
             execution=execution,
             kind=kind,
             amount_nano_usd=amount,
             at=now,
         )
-        for quota_id in (sandbox.reserved_on or [None])
+        for quota_id in budgets or (None,)
     ]

@@ -64,11 +64,14 @@ def window_end(window: str, zone: str, now: datetime) -> datetime | None:
     return None
 
 
-def take(caller: Caller, *, executions: int = 0, sandboxes: int = 0, nano_usd: int = 0, fits: str = "") -> list[int]:
+def take(
+    caller: Caller, *, executions: int = 0, sandboxes: int = 0, nano_usd: int = 0, fits: str = "", is_open: bool = False
+) -> list[int]:
     """Take from every quota of the caller, or from none. Returns the ids of the budgets that now hold `nano_usd`.
 
     Raises QuotaExceeded or BudgetExhausted with what was needed, what is left and when it resets; the transaction
-    around it undoes what was taken before. `fits` says what a smaller request could be.
+    around it undoes what was taken before. `fits` says what a smaller request could be. `is_open`: the sandbox changes
+    hands, so that ceilings for everybody have counted it already.
     """
     now = timezone.now()
     budgets = []
@@ -79,7 +82,7 @@ def take(caller: Caller, *, executions: int = 0, sandboxes: int = 0, nano_usd: i
         match quota.unit:
             case Unit.CONCURRENT_EXECUTIONS if executions:
                 _take_open(quota, executions)
-            case Unit.CONCURRENT_SANDBOXES if sandboxes:
+            case Unit.CONCURRENT_SANDBOXES if sandboxes and not (is_open and quota.is_global):
                 _take_open(quota, sandboxes)
             case Unit.EXECUTIONS if executions:
                 if not hot.take(quota.pk, "used", executions):

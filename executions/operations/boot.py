@@ -57,7 +57,8 @@ def never_was(sandbox: Sandbox, why: BackendUnavailable) -> None:
         sandbox.advance(SandboxState.RETIRING, reason=why.code, end_reason=EndReason.OUTAGE)
         return
     _, fields = ledger.bill(sandbox, final=True)
-    sandbox.advance(SandboxState.GONE, reason=why.code, end_reason=EndReason.OUTAGE, **fields)
+    ended = EndReason.OUTAGE if sandbox.handle is None else EndReason.LOST  # it had waited in a pool
+    sandbox.advance(SandboxState.GONE, reason=why.code, end_reason=ended, **fields)
 
 
 @contextmanager

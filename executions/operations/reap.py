@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db import transaction
@@ -84,7 +84,7 @@ def gone(sandbox: Sandbox) -> bool:
     if sandbox.state == S.GONE:
         return True
     now = timezone.now()
-    _, fields = ledger.bill(sandbox, (Usage.IDLE, now), final=True)
+    _, fields = ledger.bill(sandbox, *ledger.own_time(sandbox, now), final=True)
     sandbox.advance(S.GONE, reason=sandbox.end_reason, **fields)
     return True
 
@@ -174,7 +174,7 @@ async def kill_orphans() -> int:
     """End what a backend still has though our row says it is gone. What is not provably ours is never touched."""
     killed = 0
     for alias in backends.aliases():
-        backend = backends.get(alias)
+        backend, asked_at = backends.get(alias), timezone.now()
         try:
             listed = [item for item in await backend.list() if item.sandbox_id.startswith("sbx")]
         except (BackendError, OSError, TimeoutError):
@@ -191,7 +191,15 @@ async def kill_orphans() -> int:
                     left += 1
                     log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": alias})
         metrics.note("sandgate_sandboxes_leaked", alias, value=left)
+        for sandbox in await rows(_vanished, alias, {item.sandbox_id for item in listed}, asked_at):
+            await retire(sandbox, EndReason.LOST)
     return killed
+
+
+def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]:
+    """Sandboxes that wait in a pool and that their backend did not name when it was asked."""
+    waiting = Sandbox.objects.open().filter(backend=alias, pool__isnull=False, state=S.IDLE, ready_at__lt=asked_at)
+    return [sandbox for sandbox in waiting if sandbox.provider_name not in listed]
 
 
 def _ended_among(names: list[str]) -> set[str]:

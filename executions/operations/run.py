@@ -23,6 +23,7 @@ from executions.errors import (
     NoBackend,
     RunTimedOut,
     SandboxLost,
+    SandboxMissing,
     SandboxRefused,
     SandgateError,
 )
@@ -52,6 +53,10 @@ def start(execution: Execution) -> Run:
     run = _runs[execution.pk] = Run(execution)
     run.task = asyncio.create_task(run.whole(), name=f"run {execution.pk}")
     run.task.add_done_callback(lambda _: _runs.pop(execution.pk, None))
+    if execution.sandbox is not None and execution.sandbox.pool_id:
+        from executions.operations.replenish import taken
+
+        taken(execution.sandbox, run.task)
     return run
 
 
@@ -82,6 +87,7 @@ class Run:
         )
         self.sandbox_lost = False
         self.kept_said = ""
+        self.handed_over = False  # the code, to the sandbox: it may have run
         self.events: list[Event] = []  # all that was written, for a caller that waited here
         self.went_out: list[EgressRecord] = []
         self.egress: list[Egress] = []
@@ -106,7 +112,10 @@ class Run:
         try:
             try:
                 handle = await self._boot()
-                await self._converse(handle)
+                try:
+                    await self._converse(handle)
+                except SandboxLost as e:
+                    await self._converse(await self._boot_instead(e))
                 verdict = self._verdict()
             except asyncio.CancelledError:
                 if self.stopped_by is None:
@@ -134,7 +143,7 @@ class Run:
                 await self._stoppable(pausing.awake(sandbox))
                 await rows(self._mark_awake)
             return sandbox.handle
-        waiting = [a for a in execution.route if a != sandbox.backend]
+        waiting = self._untried()
         while True:
             try:
                 handle = await self._stoppable(boot(sandbox))
@@ -146,6 +155,21 @@ class Run:
                     extra={"execution_id": execution.pk, "sandbox_id": sandbox.pk, "backend": sandbox.backend},
                 )
                 sandbox = await self._fall_back(e, waiting)
+
+    async def _boot_instead(self, lost: SandboxLost) -> Handle:
+        """A fresh sandbox for one that its pool had lost without knowing; SandboxLost as it was unless surely nothing ran."""
+        sandbox = self.execution.sandbox
+        assert sandbox is not None
+        may_have_run = self.handed_over and not isinstance(lost, SandboxMissing)
+        if not sandbox.made_of or sandbox.kept or may_have_run or self.stopped_by is not None:
+            raise lost
+        why = BackendUnavailable(f"A sandbox of the pool was gone when it was to be used: {lost.detail}")
+        await self._fall_back(why, [sandbox.backend, *self._untried()])
+        return await self._boot()
+
+    def _untried(self) -> list[str]:
+        tried = {attempt.backend for attempt in self.execution.tried}
+        return [alias for alias in self.execution.route if alias not in tried]
 
     async def _fall_back(self, why: BackendUnavailable, waiting: list[str]) -> Sandbox:
         """The intent to boot on the next backend that is left; each that is left out says why. Raises NoBackend."""
@@ -180,7 +204,11 @@ class Run:
         now = timezone.now()
         isolation = backends.get(sandbox.backend).isolation
         sandbox.advance(S.LEASED, handle=handle, ready_at=now, isolation=isolation)
-        self.execution.advance(E.RUNNING, running_at=now, heartbeat_at=now)
+        if self._ran:  # in the place of one from a pool, where nothing ran
+            hot.change(self.execution, {"running_at": now, "heartbeat_at": now})
+            self.execution.running_at = now
+        else:
+            self.execution.advance(E.RUNNING, running_at=now, heartbeat_at=now)
 
     @transaction.atomic(durable=True)
     def _mark_awake(self) -> None:
@@ -224,6 +252,7 @@ class Run:
         else:
             options |= {"language": execution.language, "context_id": execution.context or None}
             said = backend.run_code(handle, execution.code, **options)
+        self.handed_over = True
         try:
             async with aclosing(said) as events:  # type: ignore[type-var]
                 async for event in events:

@@ -88,12 +88,12 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
             raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
         sandbox = routes.first(
             route,
-            lambda alias: pool.intend(
+            lambda alias: pool.claim(
                 caller, alias=alias, template=template, seconds=timeout, executions=1, env=template.env,
                 memory_mib=memory_mib, network_allow=network,
             ),
         )  # fmt: skip
-        path = (E.QUEUED, E.STARTING)
+        path = (E.QUEUED, E.STARTING) if sandbox.handle is None else (E.QUEUED, E.STARTING, E.RUNNING)
     now = timezone.now()
     code = _command_line(request) if is_command else request.code or ""
     execution = Execution.born(
