@@ -74,7 +74,7 @@ def served(artifact: Artifact, request: HttpRequest) -> HttpResponseBase:
         response["Content-Range"] = f"bytes */{size}"
         return _dressed(response, artifact, tag)
     start, length = part if isinstance(part, tuple) else (0, size)
-    body = b"" if request.method == "HEAD" else operations.artifact_pieces(artifact, start, length)
+    body = b"" if request.method == "HEAD" else operations.artifact_pieces(artifact.sha256, start, length)
     response = StreamingHttpResponse(body) if body else HttpResponse()
     if isinstance(part, tuple):
         response.status_code = 206

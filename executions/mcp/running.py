@@ -17,7 +17,7 @@ from executions.mcp import answers, sessions
 from executions.mcp.answers import Answer
 from executions.mcp.call import Call, SessionId, Token
 from executions.models import Execution
-from executions.serializers import Accepted, ExecutionShape, Submission, execution_shape, parse
+from executions.serializers import Accepted, ExecutionShape, KeptFile, Submission, execution_shape, parse
 from executions.states import EXECUTION_ENDED, Scope
 
 SCRIPTS = {"sh": "bash", "bash": "bash", "js": "javascript", "mjs": "javascript", "r": "r", "R": "r"}
@@ -34,8 +34,10 @@ class ExecuteCode(Accepted):
         None, description="Run where the variables of earlier calls are. Left out: fresh."
     )
     keep_session: bool = Field(True, description="false: the sandbox is gone afterwards, which is the cheapest.")
-    files: dict[str, str | InBase64] = Field(
-        {}, description='Written first: path to text, or to {"base64": "…"}.', max_length=64
+    files: dict[str, str | InBase64 | KeptFile] = Field(
+        {},
+        description='Written first: path to text, to {"base64": "…"}, or to {"artifact": "art_…"} for a kept file.',
+        max_length=64,
     )
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time of the run.")
     idempotency_key: Token = None
@@ -157,9 +159,10 @@ def _further(caller: Caller, execution_id: str, after_seq: int) -> ExecutionShap
     return shape
 
 
-def _base64(content: str | InBase64) -> str:
-    return (
-        content.base64
-        if isinstance(content, InBase64)
-        else base64.b64encode(content.encode(errors="surrogatepass")).decode()
-    )
+def _base64(content: str | InBase64 | KeptFile) -> str | dict[str, str]:
+    match content:
+        case InBase64():
+            return content.base64
+        case KeptFile():
+            return {"artifact": content.artifact}
+    return base64.b64encode(content.encode(errors="surrogatepass")).decode()

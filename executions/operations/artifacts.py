@@ -315,12 +315,14 @@ def artifacts_of(
     return list(found.order_by("name", "pk")[:1000])
 
 
-async def pieces(artifact: Artifact, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
-    """The content, read in threads. Closing it early lets go of the file."""
-    read = store.pieces(artifact.sha256, start, length)
+async def pieces(sha256: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    """The content, read in threads. Closing it early lets go of the file. FileRefused where it is not kept any more."""
+    read = store.pieces(sha256, start, length)
     try:
         while piece := await asyncio.to_thread(next, read, b""):
             yield piece
+    except FileNotFoundError:
+        raise FileRefused("The file is not kept any more.", missing=True) from None
     finally:
         read.close()  # type: ignore[attr-defined]
 

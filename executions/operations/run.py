@@ -243,7 +243,8 @@ class Run:
         execution = self.execution
         backend = backends.get(execution.backend)
         for path, content in execution.files.items():
-            await backend.write_file(handle, path, base64.b64decode(content))
+            whole = base64.b64decode(content) if isinstance(content, str) else artifacts.pieces(content["sha256"])
+            await backend.write_file(handle, path, whole)
         options: dict[str, Any] = {"env": execution.env or None, "timeout_seconds": execution.timeout_seconds}
         if cpu_seconds := execution.limits.get("cpu_seconds"):
             options["cpu_seconds"] = cpu_seconds

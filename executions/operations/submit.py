@@ -17,7 +17,7 @@ from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, S
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.operations import artifacts, pausing
-from executions.serializers import Submission
+from executions.serializers import KeptFile, Submission
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope, SkipCode
 
 E = ExecutionState
@@ -109,7 +109,7 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         command=is_command,
         context=request.context_id or "",
         env=request.env,
-        files=request.files,
+        files=_files(caller, request),
         timeout_seconds=timeout,
         limits=limits,
         keep_files=_kept_by(agent, request),
@@ -149,6 +149,16 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)
     return execution
+
+
+def _files(caller: Caller, request: Submission) -> dict[str, Any]:
+    """Path to base64, or to a content of the store. Raises NotFound for what is not kept, or another team's."""
+    return {
+        path: {"artifact": content.artifact, "sha256": artifacts.find_artifact(caller, content.artifact).sha256}
+        if isinstance(content, KeptFile)
+        else content
+        for path, content in request.files.items()
+    }
 
 
 def _kept_by(agent: Agent, request: Submission) -> list[str]:

@@ -49,6 +49,12 @@ class RunLimits(Accepted):
     results: int | None = Field(None, ge=0, le=RESULTS, description="How many results are kept.")
 
 
+class KeptFile(Accepted):
+    """A file that an earlier run or session has kept."""
+
+    artifact: str = Field(max_length=40)
+
+
 class Submission(Accepted):
     """One execution that is asked for."""
 
@@ -71,7 +77,9 @@ class Submission(Accepted):
     context_id: str | None = Field(
         None, description="A context of the session; left out: the language's default one.", max_length=64
     )
-    files: dict[str, str] = Field({}, description="Files to write first: path to base64.", max_length=64)
+    files: dict[str, str | KeptFile] = Field(
+        {}, description='Files to write first: path to base64, or to {"artifact": "art_…"}.', max_length=64
+    )
     env: NameValue = Field({}, description="Environment variables of this run only.")
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time; left out: the agent's default.")
     limits: RunLimits = Field(
@@ -98,10 +106,10 @@ class Submission(Accepted):
 
     @field_validator("files")
     @classmethod
-    def files_are_base64(cls, files: dict[str, str]) -> dict[str, str]:
+    def files_are_base64(cls, files: dict[str, str | KeptFile]) -> dict[str, str | KeptFile]:
         for path, content in files.items():
             try:
-                base64.b64decode(content, validate=True)
+                base64.b64decode("" if isinstance(content, KeptFile) else content, validate=True)
             except (binascii.Error, ValueError) as e:
                 raise ValueError(f"the content of {path!r} is not base64") from e
         return files

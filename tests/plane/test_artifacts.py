@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from executions import globs, operations, store
+from executions import globs, keys, operations, store
 from executions.backends import scripted
 from executions.backends.base import FileInfo
 from executions.errors import FileRefused, NotFound, SandboxLost, SessionGone
@@ -130,7 +130,7 @@ async def test_the_same_content_lies_in_the_store_once(caller, shelf):
     await ended(caller, {"outputs/a": b"same", "outputs/b": b"same"})
     await ended(caller, {"outputs/c": b"same"})
 
-    assert len([p for p in shelf.glob("??/*")]) == 1
+    assert len(list(shelf.glob("??/*"))) == 1
     assert not list(shelf.glob("incoming/*"))
     assert await Artifact.objects.acount() == 3
 
@@ -415,3 +415,30 @@ async def test_a_sessions_files_are_not_read_while_code_of_a_later_call_may_chan
 
     with pytest.raises(SessionGone, match="is ending"):
         await operations.execute(caller=caller, request=asks(session_id=sandbox.pk))
+
+
+async def test_a_later_run_takes_a_kept_file_by_reference_and_nobody_elses(caller, eve_key):
+    await ended(caller, {"outputs/a.csv": b"1,2\n"})
+    kept = await Artifact.objects.aget()
+    run = asks(files={"in/b.csv": {"artifact": kept.pk}}, keep_files=["in"])
+
+    shape = await operations.execute(caller=caller, request=run)
+
+    assert shape.kept == "1 file kept (4 bytes)."
+    assert await Artifact.objects.filter(sha256=kept.sha256).acount() == 2
+    eve = await rows(keys.authenticate, eve_key)
+    eve.agent.route = ["first"]
+    with pytest.raises(NotFound):
+        await operations.execute(caller=eve, request=run)
+
+
+async def test_a_reference_whose_content_is_gone_by_the_time_it_is_needed_fails_the_run_by_name(caller, settings):
+    await ended(caller, {"outputs/a.csv": b"1,2\n"})
+    kept = await Artifact.objects.aget()
+    execution = await rows(operations.submit, caller=caller, request=asks(files={"b": {"artifact": kept.pk}}))
+    store.place(kept.sha256).unlink()
+
+    run = operations.start(execution)
+    await run.task
+
+    assert (execution.state, execution.error_code) == (ExecutionState.FAILED, "file_not_found")
