@@ -11,13 +11,13 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import artifacts, probe, templates
+from executions.operations import artifacts, probe, replenish, templates
 from executions.operations.reap import kill_orphans, reap
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
 METRICS_EVERY = 2
-PRUNE_EVERY = 150
 PROBES_EVERY = 0.25
+PRUNE_EVERY = 150
 LAG_SECONDS = 0.25
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ async def background() -> None:
             _rounds("reap", _reap),
             _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
             _rounds("probes", probe.look, every=PROBES_EVERY),
+            _rounds("pools", replenish.replenish),
             _rounds("templates", templates.sync),
             _rounds("artifacts", _prune, every=PRUNE_EVERY),
             _rounds("metrics", _flush, every=METRICS_EVERY),
