@@ -106,7 +106,7 @@ class AgentPage(ConfigurationPage):
     change_form_outer_before_template = "admin/agent.html"
     fieldsets = [
         (None, {"fields": [("name", "team"), "description", "person"]}),
-        ("Where its code runs", {"fields": ["route", "isolation_floor", "template"]}),
+        ("Where its code runs", {"fields": ["route", "isolation_floor", "stays_here", "template"]}),
         (
             "What it may do",
             {"fields": ["languages", "tools", "packages", "network_allow", ("timeout_seconds", "timeout_max_seconds")]},

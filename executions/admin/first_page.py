@@ -13,11 +13,12 @@ from django.db.models.functions import TruncDate, TruncHour
 from django.http import HttpRequest
 from django.utils import timezone
 
-from executions import backends
+from executions import backends, breaker
 from executions.admin import charts, filters, show
 from executions.admin.costs import midnight
 from executions.costs import usd
 from executions.models import ApiKey, Execution, Refusal, Sandbox, Usage
+from executions.operations import outages
 from executions.states import ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
@@ -43,6 +44,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         "has_key": ApiKey.objects.exists(),
         "public_url": settings.PUBLIC_URL,
         "numbers": numbers(recent, sandboxes, now),
+        "outages": outages(),
         "needs": needs(sandboxes["retiring"], now),
         "backends": backend_rows(ended, live),
         "runs": (hours := runs_by_hour(recent, now)),
@@ -159,9 +161,11 @@ def backend_rows(ended: list[tuple], live: list[tuple]) -> list[dict[str, Any]]:
             for name in FAILURES
             if own.get(name)
         ]
+        out = breaker.outage(alias)
         rows.append(
             {
                 **state,
+                **({"state": "out", "detail": out} if out else {}),
                 "live": sum(n for backend, _, n in live if backend == alias),
                 "live_link": show.rows_of("sandbox", open="yes", backend=alias),
                 "runs": sum(own.values()),

@@ -13,12 +13,13 @@ from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, BooleanRadioFilter, ChoicesDropdownFilter
 from unfold.decorators import display
 
-from executions import operations
+from executions import breaker, operations
 from executions.admin import filters, levers, show
 from executions.admin.base import ConfigurationPage, RecordInline, RecordPage
 from executions.admin.forms import TemplateForm
 from executions.admin.runs import HEAVY, is_list
-from executions.models import Attestation, Execution, Sandbox, Template
+from executions.models import Attestation, BackendState, Execution, Sandbox, Template
+from executions.states import BreakerState
 
 
 class RunsInside(RecordInline):
@@ -210,6 +211,31 @@ class TemplatePage(ConfigurationPage):
     @display(description="offered", ordering="is_active")
     def badge(self, row: Template) -> SafeString:
         return show.badge("on" if row.is_active else "off")
+
+
+@admin.register(BackendState)
+class BackendStatePage(RecordPage):
+    """Circuit breakers: whether sandboxes are asked for at a backend, and when it is tried again."""
+
+    list_display = ["alias", "badge", "reason", "streak", "since", "until", "drill_by"]
+    ordering = ["alias"]
+    fields = readonly_fields = ["alias", "badge", "says", "reason", "streak", "tries", "since", "until", "drill_by"]
+
+    @display(description="breaker", ordering="state")
+    def badge(self, row: BackendState) -> SafeString:
+        return show.badge("up" if row.state == BreakerState.CLOSED else "out", row.get_state_display())
+
+    @display(description="now")
+    def says(self, row: BackendState) -> str:
+        return breaker.sentence(row)
+
+    @display(description="last out", ordering="opened_at")
+    def since(self, row: BackendState) -> Any:
+        return show.when(row.opened_at) if row.opened_at else show.NONE
+
+    @display(description="well again", ordering="closed_at")
+    def until(self, row: BackendState) -> Any:
+        return show.when(row.closed_at) if row.closed_at and row.state == BreakerState.CLOSED else show.NONE
 
 
 @admin.register(Attestation)

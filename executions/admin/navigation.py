@@ -20,6 +20,7 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("Executions", "play_circle", "execution"),
             ("Sandboxes", "deployed_code", "sandbox"),
             ("Refusals", "front_hand", "refusal"),
+            ("Backend states", "electrical_services", "backendstate"),
             ("Attestations", "verified_user", "attestation"),
         ],
     ),

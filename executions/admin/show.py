@@ -48,6 +48,7 @@ LOOKS = {
     "used": "cancelled",
     "up": "succeeded",
     "down": "errored",
+    "out": "errored",
     "not answering": "errored",
     "not configured": "cancelled",
     "allowed": "succeeded",

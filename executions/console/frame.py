@@ -15,15 +15,14 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.utils import timezone
 
-from executions import backends, keys, quotas
+from executions import backends, breaker, keys, quotas
 from executions.egress import words
 from executions.errors import Invalid, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Agent, ApiKey, Attempt, Membership, Quota, Sandbox, Usage
-from executions.states import AttemptOutcome, Scope, Unit, Window
+from executions.models import Agent, ApiKey, Membership, Quota, Sandbox, Usage
+from executions.states import Scope, Unit, Window
 
-RECENT = 200  # attempts that tell how the backends are
 View = Callable[..., Any]
 EXAMPLE = """import numpy as np, pandas as pd, matplotlib.pyplot as plt
 
@@ -118,24 +117,13 @@ def spend_today(caller: Caller) -> dict[str, int | None]:
 
 
 def backends_now() -> list[dict[str, Any]]:
-    """The default route in order, each with what its latest attempts say: live, down since when and why, or unused."""
-    recent = Attempt.objects.order_by("-pk").values_list("backend", "outcome", "started_at", "reason")[:RECENT]
-    states: dict[str, dict[str, Any]] = {alias: {"alias": alias, "words": "no run yet"} for alias in backends.aliases()}
-    for alias, outcome, at, reason in recent:
-        state = states.get(alias)
-        if state is None or state.get("known"):
-            continue
-        if outcome == AttemptOutcome.UNAVAILABLE:
-            state |= {"down_since": at, "reason": reason}
-        elif outcome in (AttemptOutcome.RAN, AttemptOutcome.LOST):
-            state |= {"known": True, "live": "down_since" not in state}
-    for state in states.values():
-        state["name"] = "E2B" if state["alias"] == "e2b" else state["alias"]
-        if "down_since" in state:
-            state["words"] = f"down since {state['down_since']:%H:%M} UTC: {state['reason']}"
-        elif state.get("live"):
-            state["words"] = "the latest run there went well"
-    return list(states.values())
+    """Every backend in the order of the default route: whether it takes sandboxes, or since when and why it does not."""
+    states = []
+    for alias in backends.aliases():
+        out = breaker.outage(alias)
+        name = "E2B" if alias == "e2b" else alias
+        states.append({"alias": alias, "name": name, "out": out, "live": not out, "words": out or "takes sandboxes"})
+    return states
 
 
 def agents_of(caller: Caller) -> QuerySet[Agent]:

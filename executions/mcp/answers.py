@@ -64,6 +64,8 @@ def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Ans
     if len(images) > IMAGES:
         parts.append(f"{len(images) - IMAGES} more images: GET {link}")
     parts += _failure(shape, caller)
+    if shape.fell_back and shape.backend:
+        parts.append(f"[on {shape.backend}, as {shape.fell_back}]")
     parts.append(_whereabouts(shape, waited))
     structured = shape.model_dump(mode="json")
     structured["logs"] = {name: capped(text, link) for name, text in structured["logs"].items()}

@@ -178,6 +178,7 @@ class Environment(BaseModel):
     network: str
     network_allow: list[str] = []
     timeout_seconds: dict[str, int]
+    outages: list[str] = Field([], description="Backends that take no sandboxes now, since when and why.")
     limits: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
     session: SessionShape | None = None
@@ -200,6 +201,7 @@ async def get_environment(call: Call, asked: GetEnvironment) -> Answer:
         f"network: {found.network}; packages that may be installed: {', '.join(found.packages['may_install']) or 'none'}",
         f"a run may take {times['max']} s, {times['default']} s when it does not say",
     ]
+    lines += [f"outage: {outage}" for outage in found.outages]
     for limit in found.limits:
         left = f"${limit['remaining_usd']}" if limit["remaining_usd"] else limit["remaining"]
         resets = f", resets {limit['resets_at']}" if limit["resets_at"] else ""

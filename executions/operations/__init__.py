@@ -5,7 +5,7 @@ from executions.operations.artifacts import pieces as artifact_pieces
 from executions.operations.attest import attest, last_attestations
 from executions.operations.background import background
 from executions.operations.cancel import request_cancel
-from executions.operations.environment import backend_states, environment, limits, offer
+from executions.operations.environment import backend_states, environment, limits, offer, outages
 from executions.operations.install import install
 from executions.operations.reap import reap, retire
 from executions.operations.run import Run, drain, running, start
@@ -52,6 +52,7 @@ __all__ = [
     "mistakes",
     "offer",
     "open_session",
+    "outages",
     "pause_session",
     "put_file",
     "reap",

@@ -91,6 +91,7 @@ def environment(*, caller: Caller) -> dict[str, Any]:
 
 def outages() -> list[str]:
     """One sentence for each backend that takes no sandboxes now: the banner of every door."""
+    breaker.look(again=True)
     return [f"{alias}: {out}" for alias in backends.aliases() if (out := breaker.outage(alias))]
 
 

@@ -17,14 +17,17 @@ from executions.models import (
     Attempt,
     Attestation,
     AuditEvent,
+    BackendState,
+    CostTotal,
     Egress,
     Event,
     Execution,
     IdempotencyRecord,
     LedgerEntry,
-    MetricTotal,
     Membership,
+    MetricTotal,
     Package,
+    ProviderCharge,
     Quota,
     Rate,
     Refusal,
@@ -39,9 +42,9 @@ from executions.models import (
 from executions.states import Scope, Unit, Window
 
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "egress", "event", "execution",
+    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "backendstate", "costtotal", "egress", "event", "execution",
     "idempotencyrecord", "ledgerentry",
-    "membership", "metrictotal", "package", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
+    "membership", "metrictotal", "package", "providercharge", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
     "transition", "usage", "user",
 ]  # fmt: skip
 CONFIGURATION = ["agent", "apikey", "membership", "quota", "rate", "team", "template", "user"]
@@ -153,6 +156,27 @@ def one_of_everything(template: Template) -> dict:
             ],
         ),
         "auditevent": AuditEvent.objects.create(team=team, actor=person, key=key, action="sign_in", subject=name),
+        "backendstate": BackendState.objects.update_or_create(
+            alias=f"{name}-backend", state="open", opened_at=timezone.now(), reason="<b>503"
+        )[0],
+        "costtotal": CostTotal.objects.create(
+            grain="day",
+            by="user",
+            label=name,
+            day=timezone.now().date(),
+            start_at=timezone.now(),
+            team=team,
+            agent=agent,
+            backend="scripted",
+            kind="run",
+            language="python",
+            cpu_count=1,
+            memory_mib=512,
+            is_priced=False,
+            stretches=1,
+            duration_us=1,
+            cost_nano_usd=1,
+        ),
         "egress": Egress.objects.create(
             sandbox=sandbox,
             execution=execution,
@@ -173,6 +197,9 @@ def one_of_everything(template: Template) -> dict:
         ),
         "membership": Membership.objects.create(team=team, user=person),
         "package": Package.objects.create(**who, sandbox=sandbox, name="emoji", verdict="allowed"),
+        "providercharge": ProviderCharge.objects.create(
+            backend="e2b", day=timezone.now().date(), sandbox=name, nano_usd=5, source="bill.csv"
+        ),
         "quota": quota,
         "rate": Rate.objects.create(backend="scripted", meter=Rate.VCPU, nano_usd=14_000),
         "refusal": Refusal.objects.create(**who, code="quota_exceeded", detail="No.", roll=name),

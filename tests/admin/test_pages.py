@@ -9,7 +9,9 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
+from django.utils import timezone
 
+from executions import breaker
 from executions.models import Event
 from tests.admin.conftest import CONFIGURATION, MODELS, a_cost, a_run, a_sandbox, one_of_everything
 
@@ -158,6 +160,17 @@ def test_a_backend_that_hangs_or_breaks_does_not_take_the_first_page_down(office
     rows = {row["alias"]: row["state"] for row in office.get("/admin/").context["backends"]}
 
     assert rows == {"e2b": "not configured", "scripted": "not answering", "broken": "down"}
+
+
+def test_the_first_page_begins_with_an_outage(office):
+    breaker.failed("scripted", "503 from it", began=timezone.now(), retry_after=1)
+
+    page = office.get("/admin/")
+
+    said = f"scripted: out since {timezone.now():%H:%M} UTC (503 from it); next try in 1 s"
+    assert page.context["outages"] == [said]
+    assert said in page.content.decode()
+    assert {row["alias"]: row["state"] for row in page.context["backends"]}["scripted"] == "out"
 
 
 def test_output_and_html_of_an_execution_are_shown_as_text(office, agent, template):

@@ -7,9 +7,10 @@ import hashlib
 import pytest
 from django.conf import settings as live
 from django.test import Client
+from django.utils import timezone
 
 from executions import keys
-from executions.models import ApiKey, AuditEvent, Egress, Event, Execution, Sandbox, Template
+from executions.models import ApiKey, AuditEvent, BackendState, Egress, Event, Execution, Sandbox, Template
 from executions.states import ExecutionState, SandboxState
 
 pytestmark = pytest.mark.django_db
@@ -23,8 +24,6 @@ def template(db) -> Template:
 
 @pytest.fixture
 def session(ada, team, template) -> Sandbox:
-    from django.utils import timezone
-
     caller = keys.caller_for(ada)
     return Sandbox.born(
         S.BOOTING,
@@ -248,18 +247,18 @@ def test_lists_cost_a_constant_number_of_queries(ada, run, team, django_assert_m
             client.get(address)
 
 
-def test_a_banner_says_which_backend_is_down_since_when_and_what_happens_now(ada, run, settings):
-    from executions.models import Attempt
+def test_a_banner_says_which_backend_is_out_since_when_and_what_happens_now(ada, settings):
+    from executions import breaker
 
     scripted = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}
     settings.SANDBOXES = {"e2b": scripted, "local": scripted}
     client = as_(ada)
-    assert b"is down since" not in client.get("/").content
+    assert b"is out since" not in client.get("/").content
 
-    down = Attempt.objects.create(execution=run, number=1, backend="e2b", outcome="unavailable", reason="503 from E2B")
-    Attempt.objects.create(execution=run, number=2, backend="local", outcome="ran")
+    breaker.failed("e2b", "503 from E2B", began=timezone.now(), retry_after=1)
     page = client.get("/").content.decode()
-    assert f"E2B is down since {down.started_at:%H:%M} UTC: 503 from E2B. Runs go to the next backend" in page
+    assert f"E2B is out since {timezone.now():%H:%M} UTC (503 from E2B); next try in 1 s. New runs go to" in page
 
-    Attempt.objects.create(execution=run, number=3, backend="e2b", outcome="ran")
-    assert b"is down since" not in client.get("/").content
+    BackendState.objects.update(retry_at=timezone.now())
+    breaker.answered("e2b", breaker.claim("e2b"), "")
+    assert b"is out since" not in client.get("/").content

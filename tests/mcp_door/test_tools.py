@@ -6,10 +6,13 @@ from datetime import timedelta
 
 import jsonschema
 import pytest
+from django.utils import timezone
 
+from executions import breaker
+from executions.hop import rows
 from executions.mcp.tools import TOOLS
 from executions.models import Agent, Execution, Sandbox
-from tests.mcp_door.conftest import connected, text
+from tests.mcp_door.conftest import connected, scripted_key, text
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -174,3 +177,19 @@ async def test_every_answer_keeps_to_the_schema_that_was_listed(key):
     assert listed.keys() == TOOLS.keys()
     jsonschema.validate(result.structured_content, listed["execute_code"].output_schema)
     jsonschema.validate(around.structured_content, listed["get_environment"].output_schema)
+
+
+async def test_an_outage_is_said_in_the_environment_and_by_the_run_that_fell_back(agent, settings):
+    key = await rows(scripted_key, agent, backend="")
+    scripted = settings.SANDBOXES["scripted"]
+    settings.SANDBOXES = {"e2b": scripted, "scripted": scripted}
+    await Agent.objects.filter(pk=agent.pk).aupdate(route=["e2b", "scripted"])
+    await rows(breaker.failed, "e2b", "503", began=timezone.now(), retry_after=60)
+
+    async with connected(key) as mcp:
+        around = await mcp.call_tool("get_environment", {})
+        result = await mcp.call_tool("execute_code", {"code": "#= 1", "keep_session": False})
+
+    assert around.structured_content["outages"][0].startswith("e2b: out since")
+    assert "outage: e2b: out since" in text(around)
+    assert "[on scripted, as e2b: out since" in text(result)
