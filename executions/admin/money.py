@@ -15,9 +15,9 @@ from unfold.views import ChangeList
 
 from executions.admin import ceilings, filters, show
 from executions.admin.base import ConfigurationPage, RecordPage
-from executions.admin.costs import report
+from executions.admin.costs import reconciliation, report
 from executions.admin.forms import QuotaForm, RateForm
-from executions.models import LedgerEntry, Quota, Rate, Usage
+from executions.models import CostTotal, LedgerEntry, ProviderCharge, Quota, Rate, Usage
 
 
 class QuotaList(ChangeList):
@@ -160,7 +160,10 @@ class UsagePage(RecordPage):
     search_help_text = "The id of a sandbox or an execution."
     ordering = ["-id"]
     paginator = InfinitePaginator
-    custom_urls = (("costs/", "executions_usage_costs", report),)
+    custom_urls = (
+        ("costs/", "executions_usage_costs", report),
+        ("costs/bills/", "executions_usage_bills", reconciliation),
+    )
 
     @display(description="agent", ordering="agent__name")
     def agent_link(self, row: Usage) -> Any:
@@ -189,3 +192,42 @@ class UsagePage(RecordPage):
     @display(description="age", ordering="at")
     def age(self, row: Usage) -> Any:
         return show.when(row.at)
+
+
+@admin.register(CostTotal)
+class CostTotalPage(RecordPage):
+    list_display = ["day", "grain", "agent_link", "backend", "kind", "language", "lasted", "cost", "by", "label"]
+    list_filter = [("grain", ChoicesDropdownFilter), ("kind", ChoicesDropdownFilter), filters.ByBackend]
+    list_select_related = ["agent"]
+    search_fields = ["label__startswith", "agent__name__startswith"]
+    ordering = ["-id"]
+    paginator = InfinitePaginator
+
+    @display(description="agent")
+    def agent_link(self, row: CostTotal) -> Any:
+        return show.link(row.agent)
+
+    @display(description="lasted", ordering="duration_us")
+    def lasted(self, row: CostTotal) -> SafeString:
+        return show.number(show.seconds(row.duration_us / 1_000_000), f"{row.duration_us:,} µs")
+
+    @display(description="cost", ordering="cost_nano_usd")
+    def cost(self, row: CostTotal) -> SafeString:
+        title = "No rate was known: charged at the ceiling" if not row.is_priced else ""
+        return show.money(row.cost_nano_usd) if row.is_priced else show.number("unpriced", title)
+
+
+@admin.register(ProviderCharge)
+class ProviderChargePage(RecordPage):
+    list_display = ["day", "backend", "sandbox", "cost", "source", "age"]
+    list_filter = [filters.ByBackend]
+    search_fields = ["sandbox__startswith", "source"]
+    ordering = ["-day", "-id"]
+
+    @display(description="cost", ordering="nano_usd")
+    def cost(self, row: ProviderCharge) -> SafeString:
+        return show.money(row.nano_usd)
+
+    @display(description="imported", ordering="imported_at")
+    def age(self, row: ProviderCharge) -> Any:
+        return show.when(row.imported_at)

@@ -42,6 +42,8 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("Rates", "sell", "rate"),
             ("Usage", "timer", "usage"),
             ("Ledger", "receipt_long", "ledgerentry"),
+            ("Totals", "functions", "costtotal"),
+            ("Provider's bills", "request_quote", "providercharge"),
         ],
     ),
     (
@@ -67,7 +69,7 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
 
     def item(title: str, icon: str, model: str) -> dict[str, Any]:
         link = show.rows_of(model)
-        here = request.path.startswith(link) and not request.path.endswith("/costs/")
+        here = request.path.startswith(link) and "/costs/" not in request.path
         seen = request.user.has_perm(f"executions.view_{model}")
         return {"title": title, "icon": icon, "link": link, "active": lambda _: here, "permission": lambda _: seen}
 
@@ -77,7 +79,7 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
             "title": "Costs",
             "icon": "payments",
             "link": link,
-            "active": lambda _: request.path == link,
+            "active": lambda _: request.path.startswith(link),
             "permission": lambda _: request.user.has_perm("executions.view_usage"),
         }
 

@@ -57,6 +57,11 @@ def harmless(cell: Any) -> Any:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
+def plain(value: Any) -> Any:
+    """For json.dumps: exact decimals as text, days and moments in ISO 8601."""
+    return f"{value:f}" if isinstance(value, Decimal) else value.isoformat() if isinstance(value, date) else str(value)
+
+
 def csv_of(found: Iterable[Line], groups: Sequence[str]) -> str:
     columns = [*groups, *MEASURES, *(() if "kind" in groups else (f"{kind}_nano_usd" for kind in KINDS))]
     rows = ({**as_dict(line, groups)} for line in found)

@@ -19,7 +19,7 @@ from executions.reports.totals import midnight
 
 KINDS = (Usage.RUN, Usage.BOOT, Usage.IDLE, Usage.POOL)
 GROUPS = {
-    "day": "day", "hour": "start_at", "team": "team__name", "agent": "agent__name", "backend": "backend", "kind": "kind",
+    "day": "day", "hour": "start_at", "team": "team__name", "agent": "agent__name", "agent_id": "agent_id", "backend": "backend", "kind": "kind",
     "language": "language", "user": "label", "workflow": "label",
 }  # fmt: skip
 ONE_BY_ONE = {"execution": "execution_id", "sandbox": "sandbox_id", "session": "sandbox_id"}  # from the usage rows

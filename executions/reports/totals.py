@@ -139,7 +139,7 @@ def midnight(day: date, zone: str) -> datetime:
 def _store(sums: Sums) -> None:
     """Grow the totals, in one order, so that two processes never wait for each other."""
     quote, table = connection.ops.quote_name, CostTotal._meta.db_table
-    fields = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
+    fields: list[Any] = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
     columns = [quote(field.column) for field in fields]
     key = ", ".join(columns[: len(CostTotal.KEY)])
     grown = ", ".join(f"{c} = {table}.{c} + excluded.{c}" for c in columns[len(CostTotal.KEY) :])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db.models import Sum
 from django.urls import reverse
 from django.utils import timezone
 
-from executions.admin.costs import harmless
-from executions.models import Agent, Usage
+from executions.models import Agent, AuditEvent, ProviderCharge, Usage
+from executions.reports.exports import harmless
 from tests.admin.conftest import a_cost, a_sandbox
 
 ADDRESS = "admin:executions_usage_costs"
@@ -43,8 +46,8 @@ def test_each_view_of_the_report_sums_to_the_usage_rows(office, spent):
 
     assert told["total"] == whole
     assert told["table"].total == whole
-    assert sum(row["nano_usd"] for row in told["by_agent"]) == whole
-    assert sum(row["nano_usd"] for row in told["by_backend"]) == whole
+    for _, _, rows in told["tables"]:
+        assert sum(row["nano_usd"] for row in rows) == whole
     assert sum(int(row["nano_usd"]) for row in listed) == whole
     assert len(told["table"].lines) == 3
     assert told["table"].columns == ["e2b", "local"]
@@ -62,7 +65,7 @@ def test_a_period_holds_both_of_its_days_and_no_other(office, spent):
 def test_the_report_can_be_of_one_agent(office, spent):
     told = office.get(reverse(ADDRESS), {"agent": spent.pk}).context
 
-    assert [row["agent__name"] for row in told["by_agent"]] == [spent.name]
+    assert [row["name"] for row in told["tables"][0][2]] == [spent.name]
 
 
 def test_a_period_that_ends_before_it_begins_is_said(office, spent):
@@ -96,3 +99,95 @@ def test_names_in_the_csv_pass_through_that(office, agent, template):
 
     assert line["team"] == "'=HYPERLINK(1)"
     assert (line["usd"], line["nano_usd"], line["seconds"]) == ("0.000000005", "5", "1")
+
+
+def test_the_files_of_the_report_say_the_same_to_the_nano_dollar(office, spent):
+    whole = Usage.objects.aggregate(total=Sum("cost_nano_usd"))["total"]
+
+    listed = json.loads(office.get(reverse(ADDRESS), {"format": "json"}).content)
+    focus = lines(office.get(reverse(ADDRESS), {"format": "focus"}))
+
+    assert sum(row["nano_usd"] for row in listed) == whole
+    assert sum(int(row["x_NanoUsd"]) for row in focus) == whole
+    assert sum(Decimal(row["BilledCost"]) for row in focus) == Decimal(whole) / 10**9
+
+
+@pytest.mark.parametrize("by", ["backend", "agent", "kind", "language", "user", "workflow"])
+def test_the_chart_can_tell_apart_by_anything(office, spent, by):
+    told = office.get(reverse(ADDRESS), {"by": by}).context
+
+    assert told["table"].total == told["total"] > 0
+
+
+def test_a_backend_without_rates_is_named_and_its_costs_are_unpriced(office, agent, template):
+    a_cost(agent, a_sandbox(agent, template, is_priced=False), 1_000_000)
+
+    shown = office.get(reverse(ADDRESS)).content.decode()
+
+    assert "Unpriced: scripted has no rate" in shown
+    assert "budgets were charged $0.001" in shown
+
+
+def bill(text: str, name: str = "bill.csv") -> SimpleUploadedFile:
+    return SimpleUploadedFile(name, text.encode())
+
+
+BILLS = "admin:executions_usage_bills"
+
+
+def test_a_bill_is_compared_with_the_ledger_day_by_day(office, agent, template):
+    ours = a_sandbox(agent, template, backend="e2b", handle={"e2b_id": "ours1", "token": ""})
+    noon = timezone.now().replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=2)
+    a_cost(agent, ours, 5_000_000, backend="e2b", at=noon)
+    a_cost(agent, ours, 2_000_000, backend="e2b", at=noon - timedelta(days=1))
+    day = noon.date()
+    text = f"Date,Sandbox ID,Cost\n{day},ours1,$0.006\n{day},other9,0.0015\n"
+
+    office.post(reverse(BILLS), {"backend": "e2b", "file": bill(text)})
+    office.post(reverse(BILLS), {"backend": "e2b", "file": bill(text)})  # the same days again replace themselves
+
+    told = office.get(reverse(BILLS), {"backend": "e2b"}).context
+    assert [(d.day, d.ours_nano_usd, d.theirs_nano_usd, d.difference_nano_usd) for d in told["compared"]] == [
+        (day, 5_000_000, 7_500_000, 2_500_000),
+        (day - timedelta(days=1), 2_000_000, None, None),
+    ]
+    assert told["difference"] == 2_500_000
+    assert told["strangers"] == [{"sandbox": "other9", "nano_usd": 1_500_000}]
+    assert AuditEvent.objects.filter(action="bill_imported", subject="e2b").count() == 2
+
+
+def test_the_meter_of_the_double_is_a_bill_too(office, agent, template):
+    midnight = timezone.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    one = {"sandboxID": "a", "began": (midnight - timedelta(seconds=30)).isoformat(), "nano_usd": 300}
+    meter = {"sandboxes": [one | {"ended": (midnight + timedelta(seconds=60)).isoformat()}]}
+
+    office.post(reverse(BILLS), {"backend": "e2b", "file": bill(json.dumps(meter), "meter.json")})
+
+    told = office.get(reverse(BILLS), {"backend": "e2b"}).context["compared"]
+    assert [day.theirs_nano_usd for day in told] == [200, 100]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no charge"),
+        ("a,b\n1,2\n", "columns are a, b"),
+        ("day,usd\n2026-13-01,1\n", "Line 2"),
+        ("day,usd\n2026-11-01,one\n", "Line 2"),
+        ("day,usd\n2026-11-01,NaN\n", "Line 2"),
+        ('{"sandboxes": [{}]}', "not that of a meter"),
+    ],
+)
+def test_a_file_that_is_no_bill_is_refused_with_the_reason(office, text, said):
+    answer = office.post(reverse(BILLS), {"backend": "e2b", "file": bill(text or "day,usd\n")})
+
+    assert said in answer.content.decode()
+    assert not ProviderCharge.objects.exists()
+
+
+def test_who_may_not_see_usage_sees_neither_report_nor_bills(client, ada):
+    ada.is_staff = True
+    ada.save()
+    client.force_login(ada)
+
+    assert [client.get(reverse(name)).status_code for name in (ADDRESS, BILLS)] == [403, 403]
