@@ -5,6 +5,7 @@ from executions.operations.artifacts import pieces as artifact_pieces
 from executions.operations.attest import attest, last_attestations
 from executions.operations.background import background
 from executions.operations.cancel import request_cancel
+from executions.operations.drill import outage_drill
 from executions.operations.environment import backend_states, environment, limits, offer, outages
 from executions.operations.install import install
 from executions.operations.reap import reap, retire
@@ -52,6 +53,7 @@ __all__ = [
     "mistakes",
     "offer",
     "open_session",
+    "outage_drill",
     "outages",
     "pause_session",
     "put_file",
