@@ -1,6 +1,6 @@
 """`make bench`: what is measured side by side in one run, as a table in Markdown.
 
-    python -m tests.bench [node | plane]
+    python -m tests.bench [node | plane | e2b]
 
 Figures are comparable within one run only, so the ratios are what counts. In the part `plane` the server is pinned to the
 first core and the load to the second, where there are two.
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import servers
+from tests.bench import double
 from tests.bench import node as at_node
 from tests.bench import peers
 from tests.bench.load import Figures, drive, one, request
@@ -143,6 +144,8 @@ def main() -> None:
     part = sys.argv[1] if len(sys.argv) > 1 else "all"
     if part in ("all", "node"):
         local_runtime(python)
+    if part in ("all", "e2b"):
+        double.main(python)
     if part in ("all", "plane"):
         with servers.folder() as data:
             database = f"sqlite:///{data}/bench.sqlite3"
