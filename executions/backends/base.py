@@ -163,7 +163,9 @@ class Backend:
                 code and leaves the context usable where it can; ContextRestarted where that cost the variables.
                 RunTimedOut after `timeout_seconds`, CpuExceeded after `cpu_seconds` (0: no limit; needs `run_limits`),
                 when the remote work has been stopped; a "ContextRestarting" error before it says that the variables are
-                lost. SandboxLost when the sandbox died. The caller's own exceptions are "error" events, never raised here.
+                lost. SandboxLost when the sandbox died. SandboxMissing when it was gone before the code was handed over, and
+                BackendUnavailable with `nothing_sent` among its facts when it could not be reached: it is run elsewhere
+                then, as surely nothing ran. The caller's own exceptions are "error" events, never raised here.
     kill        True once the sandbox is confirmed gone, also when it was gone before. Raises BackendError where
                 that is not known.
     """
@@ -171,6 +173,7 @@ class Backend:
     capabilities: ClassVar[Capabilities] = Capabilities()
     remote: bool = True  # code and data leave this machine; OPTIONS["REMOTE"] says otherwise of one alias
     slow_seconds: float = 0  # a create that has not answered by then looks like an outage; 0: none does
+    boot_seconds: float = 60  # create() has answered by then, one way or the other
     isolation: str = "none"  # none, reduced, namespaces, microvm, simulated: the floor of agents compares in this order
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:

@@ -112,10 +112,8 @@ class Run:
         try:
             try:
                 handle = await self._boot()
-                try:
-                    await self._converse(handle)
-                except SandboxLost as e:
-                    await self._converse(await self._boot_instead(e))
+                while not await self._conversed(handle):
+                    handle = await self._boot()
                 verdict = self._verdict()
             except asyncio.CancelledError:
                 if self.stopped_by is None:
@@ -146,7 +144,7 @@ class Run:
         waiting = self._untried()
         while True:
             try:
-                handle = await self._stoppable(boot(sandbox))
+                handle = await self._beating(boot(sandbox))
                 await rows(self._mark_running, sandbox, handle)
                 return handle
             except BackendUnavailable as e:
@@ -156,16 +154,24 @@ class Run:
                 )
                 sandbox = await self._fall_back(e, waiting)
 
-    async def _boot_instead(self, lost: SandboxLost) -> Handle:
-        """A fresh sandbox for one that its pool had lost without knowing; SandboxLost as it was unless surely nothing ran."""
-        sandbox = self.execution.sandbox
-        assert sandbox is not None
-        may_have_run = self.handed_over and not isinstance(lost, SandboxMissing)
-        if not sandbox.made_of or sandbox.kept or may_have_run or self.stopped_by is not None:
-            raise lost
-        why = BackendUnavailable(f"A sandbox of the pool was gone when it was to be used: {lost.detail}")
-        await self._fall_back(why, [sandbox.backend, *self._untried()])
-        return await self._boot()
+    async def _conversed(self, handle: Handle) -> bool:
+        """False where the sandbox was gone before the code was handed over: the next one is intended then. Raises otherwise."""
+        try:
+            await self._converse(handle)
+            return True
+        except (SandboxLost, BackendUnavailable) as e:
+            sandbox = self.execution.sandbox
+            assert sandbox is not None
+            surely_not_run = not self.handed_over or isinstance(e, SandboxMissing) or e.facts.get("nothing_sent")
+            if sandbox.kept or not surely_not_run or self.stopped_by is not None:
+                raise
+            here = [sandbox.backend] if sandbox.made_of else []  # a pool may have lost it without knowing
+            which = "A sandbox of the pool" if sandbox.made_of else "The sandbox"
+            perhaps = not isinstance(e, SandboxMissing)  # it still lives
+            why = BackendUnavailable(f"{which} was gone when it was to be used: {e.detail}", perhaps=perhaps)
+        self.handed_over = False
+        await self._fall_back(why, here + self._untried())
+        return False
 
     def _untried(self) -> list[str]:
         tried = {attempt.backend for attempt in self.execution.tried}
@@ -218,14 +224,19 @@ class Run:
     # Converse
 
     async def _converse(self, handle: Handle) -> None:
+        await self._beating(self._talk(handle))
+
+    async def _beating(self, work: Coroutine) -> Any:
+        """Wait for work that a stop interrupts, and show signs of life meanwhile."""
         ended = asyncio.Event()
         pulse = asyncio.create_task(self._pulse(ended))
         try:
-            await self._stoppable(self._talk(handle))
+            done = await self._stoppable(work)
         finally:
             ended.set()
             await asyncio.wait({pulse})
         pulse.result()  # what could not be written ends the run as ERRORED
+        return done
 
     async def _stoppable(self, work: Coroutine) -> Any:
         """Wait for work that a stop interrupts; the work is waited for all the same, so that the remote side was told."""
@@ -267,7 +278,7 @@ class Run:
             raise asyncio.CancelledError from e
 
     async def _pulse(self, ended: asyncio.Event) -> None:
-        """While the code runs: write what it said every 100 ms, show a sign of life, look for a cancel."""
+        """While it boots and runs: write what the code said every 100 ms, show a sign of life, look for a cancel."""
         beat = time.monotonic()
         while True:
             try:

@@ -246,19 +246,54 @@ async def test_a_create_that_broke_is_tried_elsewhere_and_its_sandbox_is_ended_f
     assert (lost.state, lost.reserved_nano_usd) == (SandboxState.GONE, 0)
 
 
-async def test_a_sandbox_that_cannot_be_reached_once_the_run_began_is_no_reason_to_run_it_elsewhere(
-    caller, monkeypatch
-):
-    async def unreachable(self, handle, code, **options):
-        raise BackendUnavailable("Connection refused.")
-        yield
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Has the sandboxes of "first" not answer; told so, it says that nothing was sent."""
 
-    monkeypatch.setattr(ScriptedBackend, "run_code", unreachable)
+    def tell(**facts) -> None:
+        run_code = ScriptedBackend.run_code
+
+        async def perhaps(self, handle, code, **options):
+            if self.alias == "first":
+                raise BackendUnavailable("Connection refused.", **facts)
+            async for event in run_code(self, handle, code, **options):
+                yield event
+
+        monkeypatch.setattr(ScriptedBackend, "run_code", perhaps)
+
+    return tell
+
+
+async def test_a_sandbox_that_cannot_be_reached_is_no_reason_to_run_it_elsewhere(caller, unreachable):
+    unreachable()
 
     shape = await run(caller)
 
     assert (shape.state, shape.error_code) == ("errored", "backend_error")
     assert [a.outcome for a in shape.attempts] == ["lost"]
+
+
+async def test_code_that_surely_was_not_sent_runs_elsewhere_and_the_sandbox_is_ended(caller, unreachable):
+    unreachable(nothing_sent=True)
+
+    shape = await run(caller)
+
+    assert (shape.state, shape.backend, shape.results) == ("succeeded", "second", [{"text/plain": "1"}])
+    assert [a.outcome for a in shape.attempts] == ["unavailable", "ran"]
+    await operations.reap(orphans=False)
+    left = await Sandbox.objects.aget(backend="first")
+    assert (left.state, left.reserved_nano_usd) == (SandboxState.GONE, 0)
+
+
+async def test_a_session_stays_where_it_was_born_even_if_nothing_was_sent(caller, unreachable):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    unreachable(nothing_sent=True)
+
+    shape = await run(caller, session_id=session.pk)
+
+    await session.arefresh_from_db()
+    assert (shape.state, shape.error_code) == ("errored", "backend_error")
+    assert (session.backend, session.state) == ("first", SandboxState.LEASED)
 
 
 async def test_what_a_fallback_is_refused_stands_among_the_attempts(caller, behave):

@@ -13,6 +13,7 @@ from executions.backends import wire
 from executions.backends.base import Event
 from executions.errors import (
     BackendError,
+    BackendUnavailable,
     ContextUnknown,
     RunTimedOut,
     SandboxLost,
@@ -48,7 +49,7 @@ async def execute(client: Any, request: Any, timeout_seconds: float, alive: Aliv
     except (TimeoutError, httpx.TimeoutException):
         raise RunTimedOut(f"The code ran longer than {timeout_seconds:g} s and was stopped.") from None
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        raise BackendError("The sandbox could not be connected to; nothing was sent.") from None
+        raise BackendUnavailable("The sandbox could not be connected to.", nothing_sent=True) from None
     except httpx.HTTPError as e:
         await alive()
         raise BackendError(f"The connection to the sandbox broke: {type(e).__name__}") from None
