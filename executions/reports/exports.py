@@ -18,17 +18,17 @@ from executions.costs import NANO
 from executions.reports.spend import KINDS, Line, Period
 from executions.reports.totals import midnight
 
-MEASURES = ("seconds", "usd", "nano_usd", "unpriced_seconds", "unpriced_charged_nano_usd")
+MEASURES = ("seconds", "cost_usd", "cost_nano_usd", "unpriced_seconds", "unpriced_charged_nano_usd")
 
 
 def as_dict(line: Line, groups: Sequence[str]) -> dict[str, Any]:
-    """A line as every door sends it. `usd` is null where nothing in it had a known price."""
+    """A line as every door sends it. `cost_usd` is null where nothing in it had a known price."""
     shown = line.shown_nano_usd
     told: dict[str, Any] = dict(zip(groups, line.keys, strict=True))
     told |= {
         "seconds": _fixed(line.duration_us, 1_000_000),
-        "usd": None if shown is None else _fixed(shown, NANO),
-        "nano_usd": shown,
+        "cost_usd": None if shown is None else _fixed(shown, NANO),
+        "cost_nano_usd": shown,
         "unpriced_seconds": _fixed(line.unpriced_us, 1_000_000),
         "unpriced_charged_nano_usd": line.unpriced_nano_usd,
     }
@@ -65,7 +65,9 @@ def plain(value: Any) -> Any:
 def csv_of(found: Iterable[Line], groups: Sequence[str]) -> str:
     columns = [*groups, *MEASURES, *(() if "kind" in groups else (f"{kind}_nano_usd" for kind in KINDS))]
     rows = ({**as_dict(line, groups)} for line in found)
-    return as_csv(({**row, "usd": "unpriced" if row["usd"] is None else row["usd"]} for row in rows), columns)
+    return as_csv(
+        ({**row, "cost_usd": "unpriced" if row["cost_usd"] is None else row["cost_usd"]} for row in rows), columns
+    )
 
 
 def _fixed(amount: int, unit: int) -> Decimal:
@@ -139,7 +141,7 @@ def _focus(
         "InvoiceId": None,
         "InvoiceIssuerName": provider,
         "ListCost": cost,
-        "ListUnitPrice": round(cost / seconds, 15) if is_priced and us else None,
+        "ListUnitPrice": round(cost / seconds, 15).normalize() if is_priced and us else None,
         "PricingCategory": "Standard",
         "PricingQuantity": seconds,
         "PricingUnit": "Seconds",

@@ -48,7 +48,7 @@ def test_each_view_of_the_report_sums_to_the_usage_rows(office, spent):
     assert told["table"].total == whole
     for _, _, rows in told["tables"]:
         assert sum(row["nano_usd"] for row in rows) == whole
-    assert sum(int(row["nano_usd"]) for row in listed) == whole
+    assert sum(int(row["cost_nano_usd"]) for row in listed) == whole
     assert len(told["table"].lines) == 3
     assert told["table"].columns == ["e2b", "local"]
 
@@ -98,7 +98,7 @@ def test_names_in_the_csv_pass_through_that(office, agent, template):
     (line,) = lines(office.get(reverse(ADDRESS), {"format": "csv"}))
 
     assert line["team"] == "'=HYPERLINK(1)"
-    assert (line["usd"], line["nano_usd"], line["seconds"]) == ("0.000000005", "5", "1")
+    assert (line["cost_usd"], line["cost_nano_usd"], line["seconds"]) == ("0.000000005", "5", "1")
 
 
 def test_the_files_of_the_report_say_the_same_to_the_nano_dollar(office, spent):
@@ -107,7 +107,7 @@ def test_the_files_of_the_report_say_the_same_to_the_nano_dollar(office, spent):
     listed = json.loads(office.get(reverse(ADDRESS), {"format": "json"}).content)
     focus = lines(office.get(reverse(ADDRESS), {"format": "focus"}))
 
-    assert sum(row["nano_usd"] for row in listed) == whole
+    assert sum(row["cost_nano_usd"] for row in listed) == whole
     assert sum(int(row["x_NanoUsd"]) for row in focus) == whole
     assert sum(Decimal(row["BilledCost"]) for row in focus) == Decimal(whole) / 10**9
 
