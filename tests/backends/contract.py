@@ -324,6 +324,31 @@ class BackendContract:
         assert await backend.kill(handle) is True
         assert await backend.kill(handle) is True
 
+    async def test_a_pause_keeps_everything_and_both_ways_may_be_repeated(self, backend):
+        self.need(backend, "pause")
+        async with self.sandbox(backend) as handle:
+            await backend.write_file(handle, "/home/user/kept", b"kept")
+            await self.run(backend, handle, "kept = 41")
+
+            await backend.pause(handle)
+            await backend.pause(handle)
+            await backend.resume(handle, timeout_seconds=60)
+            await backend.resume(handle, timeout_seconds=60)
+
+            assert b"".join([piece async for piece in backend.read_file(handle, "/home/user/kept")]) == b"kept"
+            assert value(await self.run(backend, handle, "kept + 1  #= 42")) == "42"
+
+    async def test_what_is_paused_is_killed_and_is_gone_then(self, backend):
+        self.need(backend, "pause")
+        handle = await backend.create(self.spec())
+        await backend.pause(handle)
+
+        assert await backend.kill(handle) is True
+
+        for turn in (backend.pause(handle), backend.resume(handle, timeout_seconds=60)):
+            with pytest.raises(SandboxLost):
+                await turn
+
     async def test_a_killed_sandbox_is_lost(self, backend):
         handle = await backend.create(self.spec())
         await backend.kill(handle)

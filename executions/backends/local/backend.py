@@ -63,6 +63,7 @@ CAPABILITIES = Capabilities(
     network_rules=True,
     egress=True,
     templates=True,
+    pause=True,
     run_limits=True,
     metrics=True,
     ports=True,
@@ -134,6 +135,18 @@ class LocalBackend(Backend):
 
     async def set_timeout(self, handle: Handle, seconds: int) -> None:
         await self._node("set_timeout", sandbox_id=handle["sandbox_id"], seconds=seconds)
+
+    async def pause(self, handle: Handle) -> None:
+        await self._turned("pause", handle)
+
+    async def resume(self, handle: Handle, *, timeout_seconds: int) -> None:
+        await self._turned("resume", handle, seconds=timeout_seconds)
+
+    async def _turned(self, op: str, handle: Handle, **request: Any) -> None:
+        try:
+            await self._node(op, sandbox_id=handle["sandbox_id"], **request)
+        except BackendUnavailable as problem:  # the node's end was the sandbox's, but one that is late is not gone
+            raise BackendError(problem.detail) from problem
 
     async def kill(self, handle: Handle) -> bool:
         return await self.kill_by_id(handle["sandbox_id"])

@@ -17,6 +17,7 @@ from typing import Any
 
 from guest import landlock, linux, seccomp
 from node import root
+from node.freezer import children
 from node.uids import Block
 
 INODES_PER_MIB = 64
@@ -141,14 +142,6 @@ def kill_trees(pids: set[int]) -> None:
     for pid in stopped:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-
-
-def children(pid: int) -> set[int]:
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found |= set(map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()))
-    return found
 
 
 def _processes_of(uid: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from node import egress, meters, runs
 from node.cgroups import Group
+from node.freezer import Freezer
 from node.ground import Ground
 from node.runs import Counters, Run
 from node.uids import Block
@@ -51,6 +52,8 @@ class Sandbox:
         self.boot_ms = 0.0
         self.alive = False
         self.ending = asyncio.Lock()  # two may ask for its end; both hear when it is over
+        self.turning = asyncio.Lock()  # of its freezer, while it is frozen
+        self.freezer: Freezer | None = None
         self.group: Group | None = None
         self.below: Ground | None = None  # of the reduced mode
         self.runs: list[Run] = []
@@ -129,6 +132,23 @@ class Sandbox:
         if self._expiry is not None:
             self._expiry.cancel()
         self._expiry = asyncio.get_running_loop().call_later(seconds, end)
+
+    async def freeze(self) -> None:
+        """Returns when none of it runs; idempotent. Refusal where that cannot be had."""
+        async with self.turning:
+            if self.freezer is None and self._process is not None:
+                freezer = Freezer(self._process.pid, self.group)
+                try:
+                    await asyncio.to_thread(freezer.freeze)
+                except OSError as problem:
+                    raise Refusal("internal", f"The sandbox could not be frozen: {problem}") from None
+                self.freezer = freezer
+
+    async def thaw(self) -> None:
+        async with self.turning:
+            if self.freezer is not None:
+                self.freezer.thaw()
+                self.freezer = None
 
     def begin_run(self) -> Run:
         """A meter of what is used from now on; it is given back to end_run()."""

@@ -218,6 +218,16 @@ class Node:
         sandbox.expire_in(float(request["seconds"]), lambda: self._end_soon(sandbox))
         return {}
 
+    async def pause(self, request: dict[str, Any]) -> dict[str, Any]:
+        """It uses no CPU until it is resumed; its memory stays, and its time runs on."""
+        await self._known(request).freeze()
+        return {}
+
+    async def resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        sandbox = self._known(request)
+        await sandbox.thaw()
+        return await self.set_timeout(request)
+
     async def begin(self, request: dict[str, Any]) -> dict[str, Any]:
         """Meter a run from now on, until the client hangs up."""
         sandbox = self._known(request)
@@ -285,7 +295,7 @@ class Node:
         return said[0] if said else "Not tried yet: the templates are warming up."
 
     OPERATIONS = ("create", "kill", "list", "set_timeout", "begin", "used", "why", "spent", "fate", "check", "template",
-                  "egress")  # fmt: skip
+                  "egress", "pause", "resume")  # fmt: skip
 
     async def _answer(self, line: bytes, client: Client) -> dict[str, Any]:
         try:
