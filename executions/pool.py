@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from django.db.models import Count
 from django.utils import timezone
 
 from executions import backends, capacity, costs, ledger, metrics, quotas
 from executions.keys import Caller
-from executions.models import Agent, Claim, Pool, Sandbox, Team, Template, hot
-from executions.states import PoolTarget, SandboxState
+from executions.models import Agent, Claim, Pool, Quota, Sandbox, Team, Template, hot
+from executions.states import SandboxState, Unit, Window
 
 MARGIN_SECONDS = 30  # boot and settle, on top of what was asked for: the provider's timeout includes it
 LEFT_SECONDS = 20  # a warm one whose provider ends it sooner is nobody's any more
 ACCOUNT = "System"  # the team whose agents pay for what nobody asked for: each pool's boots and waiting, probes
-SECONDS_REMEMBERED = 300
-REACTION_SECONDS = 0.5  # from a claim to its successor's boot, at worst
-WISH_LASTS = timedelta(seconds=30)
 
 _of = hot.Compiled(lambda alias: Pool.objects.filter(backend=alias, is_enabled=True))
 _idle = hot.Compiled(
@@ -155,7 +149,7 @@ def made_of(pool: Pool, template: Template) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# How many
+# Who pays
 
 
 def account(pool: Pool) -> Caller:
@@ -167,110 +161,17 @@ def account(pool: Pool) -> Caller:
     return Caller(team=pool.agent.team, agent=pool.agent, door="pool")
 
 
-def wanted(pool: Pool, now: datetime) -> int:
-    """How many should be ready or booting now."""
-    if not pool.is_enabled:
-        return 0
-    if pool.zero_after_seconds and _quiet(pool, now - timedelta(seconds=pool.zero_after_seconds)):
-        return 0
-    match pool.follows:
-        case PoolTarget.HOURS:
-            return pool.hours[timezone.localtime(now).hour] if len(pool.hours) == 24 else 0
-        case PoolTarget.FORECAST:
-            since = now - timedelta(seconds=SECONDS_REMEMBERED)
-            ages = sorted((now - at).total_seconds() for at in arrivals(pool, since))
-            return min(max(pool.at_most, pool.target), max(pool.target, forecast(ages, boot_seconds(pool))))
-    return pool.target
+def allow(pool: Pool, nano_usd_per_day: int | None) -> None:
+    """What the pool may cost a day, boots included: a quota of its account. None: no ceiling of its own."""
+    mine = Quota.objects.filter(agent=account(pool).agent, unit=Unit.NANO_USD, window=Window.DAY)
+    if nano_usd_per_day is None:
+        mine.delete()
+    elif not mine.update(limit=nano_usd_per_day):
+        Quota.objects.create(agent=pool.agent, unit=Unit.NANO_USD, window=Window.DAY, limit=nano_usd_per_day)
 
 
-def forecast(ages: Sequence[float], boot: float) -> int:
-    """What arrives while a successor boots, for all but one time in a hundred; `ages` of recent arrivals, youngest first.
-
-    A Poisson process of the faster of the last minute's and the last five minutes' rates, by its normal approximation,
-    or the largest burst that was seen in as long.
-    """
-    lead = boot + REACTION_SECONDS
-    rate = max(sum(age < 60 for age in ages) / 60, len(ages) / SECONDS_REMEMBERED)
-    burst, start = 0, 0
-    for end, age in enumerate(ages):
-        while age - ages[start] > lead:
-            start += 1
-        burst = max(burst, end - start + 1)
-    expected = rate * lead
-    return max(burst, math.ceil(expected + 2.33 * math.sqrt(expected)))
-
-
-def arrivals(pool: Pool, since: datetime) -> list[datetime]:
-    """When somebody asked for one, in no order: those that were ready, and those that had to be booted."""
-    hits = pool.claims.filter(at__gte=since).values_list("at", flat=True)
-    misses = pool.sandboxes.filter(made_of="", created_at__gte=since).values_list("created_at", flat=True)
-    return [*hits, *misses]
-
-
-def boot_seconds(pool: Pool) -> float:
-    """What the slowest of its last twenty boots took; 1 where none is known."""
-    last = pool.sandboxes.filter(ready_at__isnull=False).exclude(made_of="").order_by("-created_at")
-    took = [(s.ready_at - s.created_at).total_seconds() for s in last.only("ready_at", "created_at")[:20] if s.ready_at]
-    return max(took, default=1.0)
-
-
-def _quiet(pool: Pool, since: datetime) -> bool:
-    """Whether nobody has asked, or was seen who may, since then."""
-    if max(pool.created_at, pool.wished_at or pool.created_at) >= since:
-        return False
-    asked = pool.sandboxes.filter(made_of="", created_at__gte=since)
-    return not pool.claims.filter(at__gte=since).exists() and not asked.exists()
-
-
-def wish(agent: Agent) -> None:
-    """Somebody was seen who may soon run something as this agent: wake the pools that sleep, of the backends it would use."""
-    now = timezone.now()
-    sleeping = Pool.objects.filter(is_enabled=True, zero_after_seconds__gt=0).exclude(wished_at__gte=now - WISH_LASTS)
-    named = {"template": agent.template_id} if agent.template_id else {"template__name": "default"}
-    sleeping = sleeping.filter(**named)
-    if agent.route:
-        sleeping = sleeping.filter(backend__in=agent.route)
-    sleeping.update(wished_at=now)
-
-
-# What it has come to
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A pool at this moment, and what was asked of it in the last hour."""
-
-    wanted: int
-    ready: int
-    booting: int
-    hits: int
-    misses: int
-    claim_p50_ms: float | None
-    claim_p95_ms: float | None
-    idle_nano_usd_per_day: int  # while it is full
-
-    @property
-    def hit_rate(self) -> float | None:
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else None
-
-
-def standing(pool: Pool) -> Standing:
-    now = timezone.now()
-    since = now - timedelta(hours=1)
-    waiting = pool.sandboxes.open().exclude(made_of="")
-    states = dict(waiting.order_by().values_list("state").annotate(Count("pk")))
-    took = sorted(pool.claims.filter(at__gte=since).order_by("-at").values_list("took_us", flat=True)[:10_000])
-    many = wanted(pool, now)
-    memory_mib = pool.memory_mib or pool.template.memory_mib
-    rate = costs.rate(pool.backend, cpu_count=pool.template.cpu_count, memory_mib=memory_mib, at=now)
-    return Standing(
-        wanted=many,
-        ready=states.get(SandboxState.IDLE, 0),
-        booting=states.get(SandboxState.BOOTING, 0),
-        hits=pool.claims.filter(at__gte=since).count(),
-        misses=pool.sandboxes.filter(made_of="", created_at__gte=since).count(),
-        claim_p50_ms=took[len(took) // 2] / 1000 if took else None,
-        claim_p95_ms=took[len(took) * 95 // 100] / 1000 if took else None,
-        idle_nano_usd_per_day=86_400 * rate * many,
-    )
+def budget(pool: Pool) -> Quota | None:
+    """The quota that `allow` has made."""
+    if pool.agent_id is None:
+        return None
+    return Quota.objects.filter(agent=pool.agent_id, unit=Unit.NANO_USD, window=Window.DAY).first()

@@ -8,12 +8,12 @@ from typing import Any
 from django.db.models import Count
 from django.utils import timezone
 
-from executions import backends, breaker, egress, quotas
+from executions import backends, breaker, demand, egress, quotas
 from executions.backends.base import Check
 from executions.errors import Invalid, NoBackend
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import BackendState, Sandbox, Template
+from executions.models import BackendState, Pool, Sandbox, Template
 from executions.operations.attest import last_attestations
 from executions.routes import plan
 from executions.serializers import LimitShape, dollars, session_shape
@@ -97,7 +97,9 @@ def outages() -> list[str]:
 
 async def backend_states() -> list[dict[str, Any]]:
     """Each backend of the installation: whether it is up, its isolation, its walls, what it can do. All are asked at once."""
-    live, attested, known = await rows(lambda: (_live_by_backend(), last_attestations(), breaker.look()))
+    live, attested, known, pools = await rows(
+        lambda: (_live_by_backend(), last_attestations(), breaker.look(), _pools_by_backend())
+    )
     found = await asyncio.gather(*(check(alias) for alias in backends.aliases()))
     return [
         {
@@ -110,6 +112,7 @@ async def backend_states() -> list[dict[str, Any]]:
             "walls": told.walls,
             "languages": sorted(backends.get(alias).capabilities.languages),
             "live_sandboxes": live.get(alias, 0),
+            "pools": pools.get(alias, []),
             "attested": attested.get(alias),
         }
         for alias, told in zip(backends.aliases(), found, strict=True)
@@ -125,6 +128,29 @@ def _breaker(row: BackendState | None) -> dict[str, Any]:
 
 def _live_by_backend() -> dict[str, int]:
     return dict(Sandbox.objects.open().order_by().values_list("backend").annotate(Count("pk")))
+
+
+def _pools_by_backend() -> dict[str, list[dict[str, Any]]]:
+    """Warm pools: what they hold, and how often one was ready in the last hour."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    pools = list(Pool.objects.filter(is_enabled=True).select_related("template").order_by("template__name", "pk"))
+    standings = demand.standings(pools) if pools else {}
+    for pool in pools:
+        now = standings[pool.pk]
+        found.setdefault(pool.backend, []).append(
+            {
+                "template": pool.template.name,
+                "memory_mib": pool.memory_mib or pool.template.memory_mib,
+                "network": pool.network_allow,
+                "ready": now.ready,
+                "booting": now.booting,
+                "hit_rate": now.hit_rate,
+                "claim_p50_ms": now.claim_p50_ms,
+                "claim_p95_ms": now.claim_p95_ms,
+                "trouble": pool.trouble,
+            }
+        )
+    return found
 
 
 async def check(alias: str) -> Check:

@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models import Q, QuerySet
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, ledger, pool, routes
+from executions import backends, breaker, capacity, demand, ledger, pool, routes
 from executions.backends.base import Backend, Handle
 from executions.errors import BackendError, BackendUnavailable, Refused, Unsupported
 from executions.hop import rows
@@ -23,6 +23,8 @@ from executions.states import EndReason, SandboxState
 S = SandboxState
 BOOT_SECONDS = 15  # longer than this a boot is given up
 BOOT_PATIENCE = timedelta(seconds=20)  # then whoever booted it has died
+TOGETHER_SECONDS = 0.05  # claims that come so close are made good in one round
+SETTLED_AT_ONCE = 500
 BOOTS_AT_ONCE = 10  # of one pool and round
 REPLACE_SECONDS = 90  # its successor is booted when its provider would end it in so long,
 RETIRE_SECONDS = 45  # and it is let go of now
@@ -47,9 +49,10 @@ def soon() -> None:
 async def _rounds() -> None:
     global _again
     while True:
+        await asyncio.sleep(TOGETHER_SECONDS)
         _again = False
         try:
-            await replenish()
+            await _fill()
         except Exception:
             log.exception("replenish_failed")
         if not _again:
@@ -58,13 +61,17 @@ async def _rounds() -> None:
 
 async def replenish() -> None:
     """One round over all pools. Boots and kills go on after it has returned; `settled` waits for them."""
-    for pool_id in await rows(find_pools):
-        intents, surplus = await rows(plan, pool_id)
+    await _fill()
+    await rows(settle_claims)
+
+
+async def _fill() -> None:
+    for found in await rows(find_pools):
+        intents, surplus = await rows(plan, found)
         for sandbox in intents:
             _spawn(_boot(sandbox))
         for sandbox, reason in surplus:
             _spawn(retire(sandbox, reason))
-    await rows(settle_claims)
 
 
 async def settled() -> None:
@@ -85,17 +92,33 @@ def _ended(task: asyncio.Task) -> None:
         log.error("pool_work_failed", exc_info=task.exception())
 
 
-def find_pools() -> list[str]:
-    return list(Pool.objects.values_list("pk", flat=True))
+def find_pools() -> list[Pool]:
+    return list(Pool.objects.select_related("template"))
 
 
-@transaction.atomic(durable=True)
-def plan(pool_id: str) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
+def plan(found: Pool) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
     """The intents of what the pool lacks, inserted, and what is to be let go of, with why.
 
-    The pool's row is locked, so that of many processes one inserts an intent; whoever inserted it boots it.
+    Intents are inserted under a lock on the pool's row, so that of many processes one inserts them; whoever did boots
+    them. Most rounds find nothing to do, and lock nothing.
     """
-    found = Pool.objects.select_for_update(of=("self",)).select_related("template", "agent__team").get(pk=pool_id)
+    missing, _, surplus = _look(found)
+    if missing <= 0:
+        if found.trouble:
+            Pool.objects.filter(pk=found.pk).update(trouble="")
+        return [], surplus
+    with transaction.atomic(durable=True):
+        locked = Pool.objects.select_for_update(of=("self",)).select_related("template", "agent__team")
+        found = locked.get(pk=found.pk)
+        missing, is_booting, _ = _look(found)
+        intents, trouble = _intents(found, missing, is_booting) if missing > 0 else ([], "")
+        if trouble != found.trouble:
+            Pool.objects.filter(pk=found.pk).update(trouble=trouble[:500])
+    return intents, surplus
+
+
+def _look(found: Pool) -> tuple[int, bool, list[tuple[Sandbox, str]]]:
+    """(how many are missing, whether any is being booted, what is to be let go of)."""
     now = timezone.now()
     held = found.sandboxes.filter(ended_at=None, state__in=[S.BOOTING, S.IDLE]).exclude(made_of="")
     counted: list[Sandbox] = []
@@ -111,22 +134,17 @@ def plan(pool_id: str) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
             surplus.append((sandbox, EndReason.IDLE))
         elif left >= REPLACE_SECONDS:
             counted.append(sandbox)
-    missing = pool.wanted(found, now) - len(counted)
+    missing = demand.wanted(found, now) - len(counted)
     ready = [sandbox for sandbox in counted if sandbox.state == S.IDLE]
     surplus += [(sandbox, EndReason.IDLE) for sandbox in ready[: max(0, -missing)]]
-    if missing <= 0:
-        return [], surplus
-    intents, trouble = _intents(found, missing, is_booting=len(ready) < len(counted), made_of=digest)
-    if trouble != found.trouble:
-        Pool.objects.filter(pk=found.pk).update(trouble=trouble[:500])
-    return intents, surplus
+    return missing, len(ready) < len(counted), surplus
 
 
 def _as_today(sandbox: Sandbox, digest: str) -> bool:
     return sandbox.made_of == digest and sandbox.isolation == backends.get(sandbox.backend).isolation
 
 
-def _intents(found: Pool, missing: int, *, is_booting: bool, made_of: str) -> tuple[list[Sandbox], str]:
+def _intents(found: Pool, missing: int, is_booting: bool) -> tuple[list[Sandbox], str]:
     """As many intents as may be inserted now, and why not all of them; after a failure one at a time is tried."""
     if why := _unfit(found):
         return [], why
@@ -134,7 +152,7 @@ def _intents(found: Pool, missing: int, *, is_booting: bool, made_of: str) -> tu
         if is_booting or (found.retry_at and found.retry_at > timezone.now()):
             return [], found.trouble
         missing = 1
-    account = pool.account(found)
+    account, made_of = pool.account(found), pool.made_of(found, found.template)
     intents: list[Sandbox] = []
     for _ in range(min(missing, BOOTS_AT_ONCE)):
         try:
@@ -187,7 +205,6 @@ async def _boot(sandbox: Sandbox) -> None:
         log.warning("pool_boot_failed", extra=facts)
         await rows(_failed, sandbox, why)
         await retire(sandbox, EndReason.OUTAGE)
-    soon()
 
 
 async def _answers(backend: Backend, handle: Handle) -> None:
@@ -243,14 +260,15 @@ async def fit(sandbox: Sandbox, *, after_seconds: float = FIT_AFTER_SECONDS) -> 
     await rows(settle_claims, Claim.objects.filter(pk=sandbox.pk))
 
 
-@transaction.atomic(durable=True)
 def settle_claims(which: QuerySet[Claim] | None = None) -> None:
     """Bill to the pools what claimed sandboxes cost until they were claimed; by default, of those that have ended."""
     if which is None:
         which = Claim.objects.filter(sandbox__ended_at__isnull=False)
     ending = which.filter(spent_nano_usd=None).select_related("sandbox", "pool__agent")
-    if claims := list(ending.select_for_update(of=("self",), skip_locked=True)[:500]):
-        ledger.bill_claims(claims)
+    if not ending.exists():
+        return
+    with transaction.atomic(durable=True):
+        ledger.bill_claims(list(ending.select_for_update(of=("self",), skip_locked=True)[:SETTLED_AT_ONCE]))
 
 
 __all__ = ["fit", "replenish", "settle_claims", "settled", "soon", "taken"]

@@ -84,6 +84,7 @@ class ExecutionShape(BaseModel):
     backend: str = ""
     isolation: str = ""
     sandbox_id: str | None = None
+    from_pool: bool = Field(False, description="Its sandbox had been booted before it was asked for.")
     session_id: str | None = None
     timeout_seconds: int
     usage: UsageShape
@@ -291,6 +292,7 @@ def execution_head(execution: Execution) -> ExecutionShape:
         backend=execution.backend,
         isolation=sandbox.isolation if sandbox else "",
         sandbox_id=execution.sandbox_id,
+        from_pool=bool(sandbox and sandbox.made_of),
         session_id=execution.sandbox_id if sandbox and sandbox.kept else None,
         timeout_seconds=execution.timeout_seconds,
         usage=UsageShape(

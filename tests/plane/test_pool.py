@@ -10,7 +10,7 @@ from asgiref.sync import async_to_sync
 from django.db import connection
 from django.utils import timezone
 
-from executions import operations, pool
+from executions import demand, operations, pool
 from executions.backends import scripted
 from executions.costs import NANO
 from executions.errors import BudgetExhausted, QuotaExceeded
@@ -62,8 +62,8 @@ def machines(alias: str = "first"):
 async def test_a_pool_is_filled_and_what_boots_counts(caller, seeded):
     found = await a_pool(seeded, 3)
 
-    booting, _ = await rows(replenish.plan, found.pk)
-    more, _ = await rows(replenish.plan, found.pk)
+    booting, _ = await rows(replenish.plan, found)
+    more, _ = await rows(replenish.plan, found)
     for sandbox in booting:
         await replenish._boot(sandbox)
     await replenish.settled()
@@ -164,7 +164,7 @@ async def test_a_backend_that_is_back_fills_the_pool_again(caller, seeded, behav
 
 async def test_what_a_dead_process_was_booting_is_ended_and_booted_anew(caller, seeded):
     found = await a_pool(seeded, 1)
-    (orphan,), _ = await rows(replenish.plan, found.pk)  # the intent is there,
+    (orphan,), _ = await rows(replenish.plan, found)  # the intent is there,
     await boot(orphan)  # the machine, too, and then the process is killed
 
     await filled()
@@ -181,7 +181,7 @@ async def test_what_a_dead_process_was_booting_is_ended_and_booted_anew(caller, 
 
 async def test_a_boot_that_was_given_up_meanwhile_leaves_no_machine(caller, seeded):
     found = await a_pool(seeded, 1)
-    (slow,), _ = await rows(replenish.plan, found.pk)
+    (slow,), _ = await rows(replenish.plan, found)
     given_up = await Sandbox.objects.aget()
     await operations.retire(given_up, EndReason.LOST)
 
@@ -478,29 +478,29 @@ async def test_what_a_provider_does_not_list_any_more_is_let_go_of(caller, seede
 def test_a_forecast_covers_what_arrives_while_a_successor_boots():
     steady = [n / 10 for n in range(3000)]  # ten a second for five minutes
 
-    assert pool.forecast([], boot=0.5) == 0
-    assert 15 <= pool.forecast(steady, boot=0.5) <= 20
-    assert pool.forecast(steady, boot=5) > 55
-    assert pool.forecast([10.0] * 7, boot=0.5) == 7  # a burst
+    assert demand.forecast([], boot=0.5) == 0
+    assert 15 <= demand.forecast(steady, boot=0.5) <= 20
+    assert demand.forecast(steady, boot=5) > 55
+    assert demand.forecast([10.0] * 7, boot=0.5) == 7  # a burst
 
 
 @pytest.mark.parametrize(("hour", "many"), [(3, 0), (9, 5)])
 def test_a_pool_follows_the_hours(seeded, hour, many):
     found = Pool(backend="first", template=seeded, follows=PoolTarget.HOURS, hours=[0] * 8 + [5] * 16)
 
-    assert pool.wanted(found, timezone.now().replace(hour=hour)) == many
+    assert demand.wanted(found, timezone.now().replace(hour=hour)) == many
 
 
 async def test_a_pool_that_follows_demand_grows_with_it_up_to_its_most(caller, seeded):
     found = await a_pool(seeded, 1, follows=PoolTarget.FORECAST, at_most=4)
     await filled()
-    quiet = await rows(pool.wanted, found, timezone.now())
+    quiet = await rows(demand.wanted, found, timezone.now())
 
     for _ in range(8):
         await runs(caller)
 
     assert quiet == 1
-    assert await rows(pool.wanted, found, timezone.now()) == 4
+    assert await rows(demand.wanted, found, timezone.now()) == 4
 
 
 async def test_a_pool_sleeps_when_nobody_asks_and_wakes_when_somebody_may(caller, seeded):
@@ -508,7 +508,7 @@ async def test_a_pool_sleeps_when_nobody_asks_and_wakes_when_somebody_may(caller
     await filled()
     asleep = await states()
 
-    await rows(pool.wish, caller.agent)
+    await rows(demand.wish, caller.agent)
     await filled()
 
     assert asleep == []
@@ -534,12 +534,13 @@ async def test_a_pool_tells_its_hits_and_misses_and_what_it_costs(caller, seeded
     for _ in range(3):
         await rows(operations.submit, caller=caller, request=asks())
 
-    told = await rows(pool.standing, found)
+    told = (await rows(demand.standings, [found]))[found.pk]
 
-    assert (told.hits, told.misses, told.ready, told.wanted) == (2, 1, 0, 2)
+    assert (told.hits, told.misses, told.ready) == (2, 1, 0)
     assert told.hit_rate == pytest.approx(2 / 3)
     assert 0 < told.claim_p50_ms <= told.claim_p95_ms
-    assert told.idle_nano_usd_per_day == 2 * 86_400 * NANO
+    await filled()
+    assert (await rows(demand.standings, [found]))[found.pk].idle_nano_usd_per_day == 2 * 86_400 * NANO
 
 
 # Races
@@ -577,7 +578,7 @@ def test_of_many_processes_one_boots_what_is_missing(caller, seeded):
     def plan() -> None:
         together.wait(timeout=20)
         try:
-            planned.append(len(replenish.plan(found.pk)[0]))
+            planned.append(len(replenish.plan(found)[0]))
         finally:
             connection.close()
 
