@@ -111,6 +111,7 @@ class AgentPage(ConfigurationPage):
             "What it may do",
             {"fields": ["languages", "tools", "packages", "network_allow", ("timeout_seconds", "timeout_max_seconds")]},
         ),
+        ("Its sessions and files", {"fields": ["pause_after_seconds", "keep_files", "artifact_days"]}),
     ]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:

@@ -42,6 +42,17 @@ class Names(forms.CharField):
         return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", value or ""))))
 
 
+class KeptNames(Names):
+    """A list that may also be left open (None): nothing typed leaves it open, `none` is the empty list."""
+
+    def prepare_value(self, value: Any) -> Any:
+        return "none" if value == [] else super().prepare_value(value)
+
+    def to_python(self, value: Any) -> Any:
+        found = super().to_python(value)
+        return [] if found == ["none"] else found or None
+
+
 class Lines(Names):
     """A list, typed as one entry a line."""
 
@@ -112,6 +123,12 @@ class AgentForm(forms.ModelForm):
         label="Network",
         help_text="Hosts that its code may reach, with commas, on ports 80 and 443 unless it says another: example.org, "
         "*.example.org, example.org:8443, 10.1.2.0/24. Empty: no network. A single *: every public address.",
+    )
+
+    keep_files = KeptNames(
+        label="Files that are kept",
+        help_text="Folders and globs below /home/user, with commas: outputs, *.csv. They are kept as artifacts when a session "
+        "or run ends. Empty: outputs of sessions, nothing of runs. none: nothing.",
     )
 
     class Meta:

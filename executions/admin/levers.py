@@ -22,8 +22,9 @@ from unfold.decorators import action
 from executions import keys, operations
 from executions.admin import show
 from executions.admin.base import Page, write_down
+from executions.errors import SandgateError
 from executions.models import Agent, ApiKey, Execution, Sandbox, Template, User
-from executions.states import EndReason
+from executions.states import EndReason, SandboxState
 
 log = logging.getLogger(__name__)
 AT_ONCE = 500  # rows of one pull: more is a filter that was forgotten
@@ -137,6 +138,28 @@ def _kill(request: HttpRequest, sandboxes: list[Sandbox], reason: str) -> str:
     return f"{plural(confirmed, 'sandbox')} gone.{later}"
 
 
+def _turn(verb: Callable[..., Any], name: str, done: str) -> Callable[[HttpRequest, list[Sandbox], str], str]:
+    """Pause or resume each; those that cannot be now say why."""
+
+    def act(request: HttpRequest, sandboxes: list[Sandbox], reason: str) -> str:
+        count, said = 0, []
+        for sandbox in sandboxes:
+            try:
+                async_to_sync(verb)(sandbox)
+            except SandgateError as e:
+                said.append(f"{sandbox}: {e.detail}")
+                continue
+            write_down(request, name, sandbox, reason=reason)
+            count += 1
+        return " ".join([f"{plural(count, 'session')} {done}.", *said[:5]])
+
+    return act
+
+
+async def _pause(sandbox: Sandbox) -> None:
+    await operations.pause(sandbox, on_request=True)
+
+
 def _killed(sandboxes: list[Sandbox]) -> str:
     inside = Execution.objects.open().filter(sandbox__in=[sandbox.pk for sandbox in sandboxes]).count()
     runs = (
@@ -226,6 +249,28 @@ KILL = Lever(
     applies=lambda rows: rows.filter(ended_at__isnull=True),
     consequence=_killed,
     act=_kill,
+)
+PAUSE = Lever(
+    "pause",
+    "Pause",
+    "pause",
+    applies=lambda rows: rows.filter(kept=True, state=SandboxState.LEASED),
+    consequence=lambda rows: (
+        f"{plural(len(rows), 'session')} will stand still, with variables and files, until they are used again or their time "
+        "is over; they do not end idle. Sessions in which code runs are left alone. On E2B their charges stop."
+    ),
+    act=_turn(_pause, "session_paused", "paused"),
+)
+RESUME = Lever(
+    "resume",
+    "Resume",
+    "play_arrow",
+    applies=lambda rows: rows.filter(state=SandboxState.PAUSED),
+    consequence=lambda rows: (
+        f"{plural(len(rows), 'session')} will run again. What they may cost until their end is reserved first, and where a "
+        "budget does not cover it they stay paused."
+    ),
+    act=_turn(operations.wake, "session_resumed", "resumed"),
 )
 SWITCH_OFF = Lever(
     "switch_off",

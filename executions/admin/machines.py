@@ -73,10 +73,12 @@ class SandboxPage(RecordPage):
     search_fields = ["id__startswith", "agent__name__startswith", "name__startswith"]
     search_help_text = "Id, agent, or the session's name, from its beginning."
     ordering = ["-id"]
-    actions = ["kill"]
-    actions_detail = ["kill"]
+    actions = ["kill", "pause", "resume"]
+    actions_detail = ["kill", "pause", "resume"]
     inlines = [RunsInside]
     kill = levers.pulls(levers.KILL)
+    pause = levers.pulls(levers.PAUSE)
+    resume = levers.pulls(levers.RESUME)
     fieldsets = [
         (None, {"fields": ["full_id", "badge", "kept", "name", "team", "agent", "who", "template"]}),
         ("Machine", {"fields": ["backend", "isolation", "network", "cpu_count", "memory_mib", "env_names", "machine"]}),
@@ -88,12 +90,15 @@ class SandboxPage(RecordPage):
                     "ready_at",
                     "last_used_at",
                     "idle_timeout_seconds",
+                    "pause_after_seconds",
+                    "stays_paused",
                     "ends",
                     "ended_at",
                     "end_reason",
                 ]
             },
         ),
+        ("Files", {"fields": ["patterns", "kept_said", "artifact_list"]}),
         ("Money", {"fields": ["rate", "reserved", "spent", "metered_until"]}),
     ]
 
@@ -107,6 +112,17 @@ class SandboxPage(RecordPage):
     @display(description="network")
     def network(self, row: Sandbox) -> SafeString:
         return show.chips(row.network_allow, "off")
+
+    @display(description="kept at its end")
+    def patterns(self, row: Sandbox) -> SafeString:
+        return show.chips(row.keep_files, "nothing")
+
+    @display(description="artifacts")
+    def artifact_list(self, row: Sandbox) -> Any:
+        kept = [
+            (a.name, a.mime, show.size(a.size_bytes), show.when(a.expires_at)) for a in row.artifacts.order_by("name")
+        ]
+        return show.table(("name", "type", "size", "kept until"), kept[:200]) if kept else show.NONE
 
     @display(description="sandbox", ordering="id")
     def label(self, row: Sandbox) -> Any:

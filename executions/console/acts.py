@@ -41,6 +41,20 @@ async def end_session(request: MemberRequest, session_id: str) -> HttpResponse:
 
 @member
 @require_POST
+async def pause_session(request: MemberRequest, session_id: str) -> HttpResponse:
+    await operations.pause_session(caller=request.caller, session_id=session_id)
+    return redirect(f"/sessions/{session_id}")
+
+
+@member
+@require_POST
+async def resume_session(request: MemberRequest, session_id: str) -> HttpResponse:
+    await operations.resume_session(caller=request.caller, session_id=session_id)
+    return redirect(f"/sessions/{session_id}")
+
+
+@member
+@require_POST
 async def cancel_run(request: MemberRequest, execution_id: str) -> HttpResponse:
     request.caller.needs(Scope.RUN)
     execution = await rows(find_run, request.caller, execution_id)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import PurePosixPath
 
 from django.conf import settings
 from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from django.utils.http import content_disposition_header
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from executions import operations
 from executions.console.frame import MemberRequest, body, member
+from executions.downloads import served
 from executions.errors import TooLarge
+from executions.hop import rows
 from executions.models import Package
 from executions.serializers import FileShape, InstallRequest, parse
 
@@ -55,6 +59,14 @@ async def download(request: MemberRequest, session_id: str) -> StreamingHttpResp
     response["X-Content-Type-Options"] = "nosniff"
     response["Content-Security-Policy"] = "sandbox; default-src 'none'"
     return response
+
+
+@member
+@require_GET
+async def artifact(request: MemberRequest, artifact_id: str) -> HttpResponseBase:
+    """A file that was kept, whole or in part."""
+    kept = await rows(operations.find_artifact, request.caller, artifact_id)
+    return served(kept, request, partial(operations.artifact_pieces, kept.sha256))
 
 
 @member

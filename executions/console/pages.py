@@ -22,11 +22,12 @@ from executions.egress import words
 from executions.errors import NotFound
 from executions.keys import Caller
 from executions.models import Agent, Execution, Quota, Sandbox, Template, Usage
-from executions.operations import find_session
+from executions.operations import artifacts_of, find_session
 from executions.states import LANGUAGES, EventKind, ExecutionState, Scope, Unit
 
 PAGE = 50
 DAYS = 14
+KEPT_SHOWN = 100
 # An isolated origin of its own, that reaches neither the console nor any network.
 FRAME_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
@@ -78,6 +79,8 @@ def session(request: MemberRequest, session_id: str) -> HttpResponse:
         "data": data,
         "packages": packages,
         "can_run": may_run,
+        "can_pause": backend is not None and backend.capabilities.pause,
+        "kept": artifacts_of(caller, session=found)[:KEPT_SHOWN],
     }
     return page(request, "console/session.html", "sessions", **context)
 
@@ -155,6 +158,7 @@ def run(request: MemberRequest, execution_id: str) -> HttpResponse:
         problem=problem,
         has_output=found.events.filter(kind__in=said).exists(),
         attempts=found.attempts.all(),
+        kept=artifacts_of(request.caller, execution=found)[:KEPT_SHOWN],
         network=words(found.sandbox.network_allow) if found.sandbox else "",
         egress=found.egress.order_by("pk")[:200],
         usage=found.usage.order_by("id"),

@@ -242,6 +242,8 @@ def _asked(request: HttpRequest, default_seconds: int) -> tuple[Caller, SessionR
         "route": _route(caller.acting_as(agent)),
         "timeout_seconds": max(seconds, 10),
         "idle_timeout_seconds": NEVER_IDLE_SECONDS,
+        "pause_after_seconds": 0,  # its clients are not told, and keep files themselves
+        "keep_files": [],
         "env": body.get("envVars") or {},
         "metadata": body.get("metadata") or {},
         "network": _network(body),

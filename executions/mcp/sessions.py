@@ -30,6 +30,7 @@ from executions.serializers import (
 
 SESSION_SECONDS = 1800  # a session of an agent ends so long after its last run began …
 IDLE_SECONDS = 300  # … or when nothing has run in it for so long
+KEPT_TOLD = 20  # artifacts that end_session names
 OPENED_HERE = {"opened_by": "execute_code"}
 
 
@@ -118,9 +119,14 @@ class EndSession(Accepted):
 async def end_session(call: Call, asked: EndSession) -> Answer:
     sandbox = await operations.end_session(caller=call.caller, session_id=asked.session_id)
     shape = await rows(lambda: session_shape(Sandbox.objects.select_related("agent", "template").get(pk=sandbox.pk)))
-    return answers.of(
-        shape, f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}."
-    )
+    kept = await rows(lambda: list(sandbox.artifacts.order_by("name")[:KEPT_TOLD]))
+    lines = [f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}.", shape.kept]
+    lines += [f"{artifact.pk}  {artifact.name!r}  {artifact.size_bytes:,} bytes" for artifact in kept]
+    if kept:
+        lines.append(
+            f'execute_code(files={{"data": {{"artifact": "{kept[0].pk}"}}}}) takes one of them into a later run.'
+        )
+    return answers.of(shape, "\n".join(line for line in lines if line))
 
 
 class InstallPackage(InstallRequest):

@@ -107,7 +107,8 @@ TOOLS = {
         sessions.end_session,
         sessions.EndSession,
         SessionShape,
-        "Destroy the session's sandbox and stop its charges. Its variables and files are lost.",
+        "Keep the files in /home/user/outputs, destroy the session's sandbox and stop its charges. Variables and other files "
+        "are lost; the answer names what was kept.",
         destroys=True,
     ),
 }

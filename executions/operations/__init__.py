@@ -8,6 +8,7 @@ from executions.operations.cancel import request_cancel
 from executions.operations.drill import outage_drill
 from executions.operations.environment import backend_states, environment, limits, offer, outages
 from executions.operations.install import install
+from executions.operations.pausing import pause, wake
 from executions.operations.reap import reap, retire
 from executions.operations.run import Run, drain, running, start
 from executions.operations.sessions import (
@@ -55,6 +56,7 @@ __all__ = [
     "open_session",
     "outage_drill",
     "outages",
+    "pause",
     "pause_session",
     "put_file",
     "reap",
@@ -70,4 +72,5 @@ __all__ = [
     "submit",
     "template_states",
     "wait",
+    "wake",
 ]

@@ -90,6 +90,12 @@ def rouse(sandbox: Sandbox) -> None:
         setattr(sandbox, name, getattr(row, name))
 
 
+async def wake(sandbox: Sandbox) -> None:
+    """Claim it, and return when it runs. Raises BudgetExhausted, SessionGone, BackendUnavailable."""
+    await rows(rouse, sandbox)
+    await awake(sandbox)
+
+
 async def awake(sandbox: Sandbox) -> None:
     """Return when the roused session runs; of many callers one resumes it. Raises SessionGone, BackendUnavailable.
 
