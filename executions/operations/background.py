@@ -13,9 +13,11 @@ from executions import metrics
 from executions.hop import rows
 from executions.operations import artifacts, probe, replenish, templates
 from executions.operations.reap import kill_orphans, reap
+from executions.reports import totals
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
 METRICS_EVERY = 2
+COSTS_EVERY = 5
 PROBES_EVERY = 0.25
 PRUNE_EVERY = 150
 LAG_SECONDS = 0.25
@@ -33,6 +35,7 @@ async def background() -> None:
             _rounds("templates", templates.sync),
             _rounds("artifacts", _prune, every=PRUNE_EVERY),
             _rounds("metrics", _flush, every=METRICS_EVERY),
+            _rounds("costs", _roll_up, every=COSTS_EVERY),
             _measure_lag(),
         )
     finally:
@@ -63,6 +66,11 @@ async def _kill_orphans() -> None:
 async def _prune() -> None:
     if removed := await artifacts.prune():
         log.info("artifacts_let_go", extra={"contents": removed})
+
+
+async def _roll_up() -> None:
+    while await rows(totals.roll_up, 1) == totals.BATCH:
+        pass
 
 
 async def _flush() -> None:
