@@ -316,3 +316,52 @@ async def test_a_session_whose_machine_died_paused_is_closed_when_it_is_paused_a
     assert (await Sandbox.objects.aget()).end_reason == "lost"
     with pytest.raises(SandboxLost):
         await backends.get(sandbox.backend).connect(sandbox.machine)
+
+
+# With real threads and transactions of their own, as several processes have them
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("turn", range(3))
+def test_of_many_first_uses_and_pauses_at_once_none_runs_in_a_machine_that_is_paused(caller, turn, monkeypatch):
+    budget = Quota.objects.create(team=caller.team, unit=Unit.NANO_USD, window=Window.DAY, limit=10**12)
+    whole, ran_paused, resumes = scripted.ScriptedBackend.run_code, [], []
+    resume = scripted.ScriptedBackend.resume
+
+    async def watched(self, handle, code, **options):
+        if not self.machines[handle["sandbox_id"]].running:
+            ran_paused.append(code)
+        async for event in whole(self, handle, code, **options):
+            yield event
+
+    async def counted(self, handle, *, timeout_seconds):
+        resumes.append(handle)
+        await resume(self, handle, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(scripted.ScriptedBackend, "run_code", watched)
+    monkeypatch.setattr(scripted.ScriptedBackend, "resume", counted)
+
+    async def storm():
+        sandbox = await opened(caller, pause_after_seconds=1)
+        pauses = 0
+        for _ in range(5):
+            await idle(sandbox)
+            runs = [operations.execute(caller=caller, request=asks("#= 1", session_id=sandbox.pk)) for _ in range(3)]
+            done = await asyncio.gather(pausing.pause_idle(), *runs, pausing.pause_idle(), return_exceptions=True)
+            assert {shape.state for shape in done[1:-1]} == {ExecutionState.SUCCEEDED}, done
+            pauses += done[0] + done[-1]
+            await idle(sandbox)
+            pauses += await pausing.pause_idle()
+        assert pauses >= 5
+        return sandbox
+
+    from asgiref.sync import async_to_sync
+
+    sandbox = async_to_sync(storm)()
+
+    assert ran_paused == []
+    sandbox.refresh_from_db()
+    budget.refresh_from_db()
+    assert (sandbox.state, sandbox.turning_until) == (S.PAUSED, None)
+    assert budget.reserved == sandbox.reserved_nano_usd == 0
+    assert budget.used == sandbox.spent_nano_usd
