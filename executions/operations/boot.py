@@ -15,7 +15,9 @@ from executions.hop import rows
 from executions.models import Sandbox
 from executions.states import EndReason, SandboxState
 
+LATE_SECONDS = 0.2  # by which a timer of ours was late: it is this process that is slow
 _telling: set[asyncio.Task] = set()
+_heard: set[str] = set()  # backends that have made a sandbox for this process: from then on silence means something
 
 
 async def boot(sandbox: Sandbox) -> Handle:
@@ -32,6 +34,7 @@ async def boot(sandbox: Sandbox) -> Handle:
     except BackendUnavailable as e:
         await rows(breaker.failed, alias, e.detail, began=began, retry_after=float(e.facts.get("retry_after") or 0))
         raise
+    _heard.add(alias)
     if breaker.worked(alias):
         await rows(breaker.clear, alias)
     return handle
@@ -64,15 +67,23 @@ def never_was(sandbox: Sandbox, why: BackendUnavailable) -> None:
 @contextmanager
 def _silence_told(alias: str) -> Iterator[None]:
     """A backend that swallows requests is found out before they have timed out, one after the other."""
-    began, seconds = timezone.now(), backends.get(alias).slow_seconds
+    loop, began, seconds = asyncio.get_running_loop(), timezone.now(), backends.get(alias).slow_seconds
+    timer: asyncio.TimerHandle | None = None
 
-    def tell() -> None:
+    def wait() -> None:
+        nonlocal timer
+        timer = loop.call_at(loop.time() + seconds, tell, loop.time() + seconds)
+
+    def tell(due: float) -> None:
+        if loop.time() - due > LATE_SECONDS:
+            return wait()
         why = f"no answer within {seconds:g} s"
         task = asyncio.ensure_future(rows(breaker.failed, alias, why, began=began, silent=True))
         _telling.add(task)
         task.add_done_callback(_telling.discard)
 
-    timer = asyncio.get_running_loop().call_later(seconds, tell) if seconds else None
+    if seconds and alias in _heard:
+        wait()
     try:
         yield
     finally:

@@ -348,7 +348,7 @@ class Run:
             case BackendUnavailable() if self._ran:  # it cannot be reached; the code may have run: no fallback
                 return E.ERRORED, {"error_code": BackendError.code, "error_value": e.detail}, AttemptOutcome.LOST
             case SandgateError():
-                outcome = AttemptOutcome.LOST if isinstance(e, SandboxLost) else AttemptOutcome.UNAVAILABLE
+                outcome = AttemptOutcome.LOST if self._ran else AttemptOutcome.UNAVAILABLE
                 return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
         log.error("run_failed", exc_info=e, extra={"execution_id": self.execution.pk})
         return E.ERRORED, {"error_code": "internal", "error_value": type(e).__name__}, AttemptOutcome.LOST

@@ -17,7 +17,7 @@ from executions.backends.scripted import ScriptedBackend
 from executions.errors import BackendError, BackendUnavailable, NoBackend, SandboxRefused
 from executions.hop import rows
 from executions.models import BackendState, Execution, Sandbox, Usage
-from executions.operations import probe
+from executions.operations import boot, probe
 from executions.serializers import SessionRequest
 from executions.states import BreakerState, SandboxState
 from tests import servers
@@ -141,6 +141,7 @@ async def test_a_sandbox_that_cannot_be_had_there_says_nothing_about_the_backend
 
 
 async def test_silence_opens_it_before_requests_time_out_and_an_answer_closes_it_again(caller, behave):
+    await run(caller)
     behave("first", CREATE_SECONDS=0.6, SLOW_SECONDS=0.1)
 
     slow = [asyncio.create_task(run(caller)) for _ in range(breaker.FAILURES)]
@@ -155,6 +156,16 @@ async def test_silence_opens_it_before_requests_time_out_and_an_answer_closes_it
     assert "no answer within 0.1 s" in skipped.attempts[0].reason
     assert {shape.backend for shape in shapes} == {"first"}
     assert (await rows(known)).state == CLOSED
+
+
+async def test_a_backend_that_is_asked_for_the_first_time_may_take_its_time(caller, behave, monkeypatch):
+    monkeypatch.setattr(boot, "_heard", set())
+    behave("first", CREATE_SECONDS=0.3, SLOW_SECONDS=0.05)
+
+    shapes = await asyncio.gather(*(run(caller) for _ in range(breaker.FAILURES)))
+
+    assert {shape.backend for shape in shapes} == {"first"}
+    assert not await BackendState.objects.aexists()
 
 
 async def test_a_failure_of_before_the_recovery_does_not_open_it_again(caller):
