@@ -160,6 +160,9 @@ if E2B_API_KEY:
             "DOMAIN": env.str("E2B_DOMAIN", default=""),
             "API_URL": env.str("E2B_API_URL", default=""),
             "SANDBOX_URL": env.str("E2B_SANDBOX_URL", default=""),
+            "CREATIONS_PER_SECOND": env.float("SANDGATE_E2B_CREATIONS_PER_SECOND", default=0),
+            "CONCURRENCY": env.int("SANDGATE_E2B_CONCURRENCY", default=0),
+            "REMOTE": env.bool("SANDGATE_E2B_REMOTE", default=True),
         },
     }
 ISOLATION_FLOOR = env.str("SANDGATE_ISOLATION_FLOOR", default="namespaces")
@@ -177,7 +180,7 @@ FILE_MAX_BYTES = env.int("SANDGATE_FILE_MAX_BYTES", default=256 * 1024 * 1024)
 EXECUTION_TIMEOUT_MAX_SECONDS = env.int("SANDGATE_TIMEOUT_MAX_SECONDS", default=3600)
 MCP_ANSWER_SECONDS = 45.0  # a tool call has answered by then: clients give up at 60
 MCP_PROGRESS_SECONDS = 2.0  # between two words about progress, where the client asked for them
-HEARTBEAT_SECONDS = 10  # a runner that has not been heard of for three of these is dead
+HEARTBEAT_SECONDS = 5  # a runner that has not been heard of for three of these is dead
 BACKGROUND_SECONDS = 2.0  # how often the background loop looks
 RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)
 DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
