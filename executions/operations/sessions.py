@@ -181,8 +181,10 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
     if not 1 <= seconds <= 86_400:
         raise Invalid("timeout_seconds: between 1 and 86400.", field="timeout_seconds")
     caller.needs(Scope.RUN)
-    if sandbox := await rows(_extend_paused, caller, session_id, seconds):
-        return sandbox
+    if paused := await rows(_extend_paused, caller, session_id, seconds):
+        if not pausing.is_free(paused):  # what is frozen has its time at the backend, which runs on
+            await backends.get(paused.backend).set_timeout(paused.machine, seconds + paused.grace_seconds)
+        return paused
     sandbox = await _alive(caller, session_id)
     end = await rows(_reserve, sandbox, seconds)
     with gone_is_recorded(sandbox):
@@ -194,14 +196,16 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
 
 @transaction.atomic(durable=True)
 def _extend_paused(caller: Caller, session_id: str, seconds: int) -> Sandbox | None:
-    """While it is paused and costs nothing its end is a matter of the row alone; to resume it reserves."""
-    sandbox = find_session(caller, session_id)
-    if sandbox.state != S.PAUSED or not pausing.is_free(sandbox):
+    """What is paused stays so. Where that costs nothing its end is a matter of the row alone: to resume it reserves."""
+    if find_session(caller, session_id).state != S.PAUSED:
         return None
     row = pausing.locked(session_id)
     if row.state != S.PAUSED or row.turning_until is not None or row.leased_until <= timezone.now():
         return None
-    row.leased_until = timezone.now() + timedelta(seconds=seconds)
+    end = timezone.now() + timedelta(seconds=seconds)
+    if not pausing.is_free(row):
+        pausing.reserve_until(row, end)
+    row.leased_until = end
     row.save(update_fields=["leased_until"])
     return row
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.urls import reverse
+from django.utils import timezone
 
-from executions import keys
+from executions import backends, keys
+from executions.backends.base import SandboxSpec
 from executions.errors import Forbidden, Unauthenticated
 from executions.models import AuditEvent, Sandbox
 from executions.states import SandboxState
@@ -80,6 +84,24 @@ def test_killing_ends_sandboxes_and_says_so(office, operator, agent, template):
     assert "2 sandboxes gone" in said.content.decode()
     assert list(Sandbox.objects.values_list("state", "end_reason")) == [(SandboxState.GONE, "killed")] * 2
     assert AuditEvent.objects.filter(action="sandbox_killed", actor=operator, reason="left over").count() == 2
+
+
+def test_sessions_are_paused_and_resumed_by_the_pull_of_a_lever(office, agent, template):
+    machine = async_to_sync(backends.get("scripted").create)(SandboxSpec("sbxlever", "default", 600))
+    until = timezone.now() + timedelta(minutes=5)
+    live = a_sandbox(agent, template, kept=True, handle=machine, leased_until=until)
+    dead = a_sandbox(agent, template, kept=True, handle={"sandbox_id": "none"}, leased_until=until)
+
+    paused = select(office, "sandbox", "pause", live, dead, reason="over the weekend").content.decode()
+    live.refresh_from_db()
+    state = live.state
+    resumed = select(office, "sandbox", "resume", live, dead, reason="monday").content.decode()
+
+    assert ("1 session paused" in paused, "its sandbox died" in paused, state) == (True, True, SandboxState.PAUSED)
+    assert "1 session resumed" in resumed
+    live.refresh_from_db()
+    assert live.state == SandboxState.LEASED
+    assert (audited("session_paused").subject, audited("session_resumed").reason) == (live.pk, "monday")
 
 
 def test_a_kill_that_is_not_confirmed_is_said_and_stays_pending(office, agent, template, scripted):

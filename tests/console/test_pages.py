@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.conf import settings as live
 from django.test import Client
 from django.utils import timezone
 
-from executions import keys
-from executions.models import ApiKey, AuditEvent, BackendState, Egress, Event, Execution, Sandbox, Template
+from executions import backends, keys, store
+from executions.backends.base import SandboxSpec
+from executions.models import ApiKey, Artifact, AuditEvent, BackendState, Egress, Event, Execution, Sandbox, Template
 from executions.states import ExecutionState, SandboxState
 
 pytestmark = pytest.mark.django_db
@@ -166,6 +169,56 @@ def test_the_whole_output_is_a_file(ada, run):
 
     assert answer.content == b"out\nerr\n"
     assert answer["Content-Disposition"] == f'attachment; filename="{run.pk}.txt"'
+
+
+async def whole(answer) -> bytes:
+    return b"".join([piece async for piece in answer.streaming_content])
+
+
+def test_kept_files_are_listed_and_saved_by_the_team_alone(ada, bob, eve, run, session, settings, tmp_path):
+    settings.ARTIFACTS_DIR = str(tmp_path)
+    incoming = store.Incoming()
+    incoming.write(b"<script>1</script>")
+    incoming.settle()
+    incoming.close()
+    name = "outputs/<b>.html"
+    kept = {"team": run.team, "sandbox": session, "name": name, "mime": "text/html", "size_bytes": 18,
+            "sha256": incoming.sha256, "expires_at": timezone.now() + timedelta(days=1)}  # fmt: skip
+    file = Artifact.objects.create(execution=run, **kept)
+    Sandbox.objects.update(kept_said="1 file kept (18 bytes).")
+
+    pages = [as_(bob).get(path).content.decode() for path in (f"/runs/{run.id}", f"/sessions/{session.id}")]
+    saved = as_(ada).get(f"/artifacts/{file.id}", headers={"Range": "bytes=0-7"})
+
+    assert all(f'href="/artifacts/{file.id}"' in page and "outputs/&lt;b&gt;.html" in page for page in pages)
+    assert "1 file kept (18 bytes)." in pages[1]
+    assert (saved.status_code, async_to_sync(whole)(saved)) == (206, b"<script>")
+    assert saved["Content-Type"] == "application/octet-stream"
+    assert saved["Content-Disposition"].startswith("attachment")
+    assert as_(eve).get(f"/artifacts/{file.id}").status_code == 404
+    assert Client().get(f"/artifacts/{file.id}").status_code == 401
+
+
+def test_a_session_is_paused_from_its_page_and_offers_to_resume(ada, bob, session, settings):
+    settings.SANDBOXES = {"local": {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}}
+    backends._live.clear()
+    handle = async_to_sync(backends.get("local").create)(SandboxSpec("sbxpaged", "default", 600))
+    Sandbox.objects.update(handle=handle, leased_until=timezone.now() + timedelta(minutes=5))
+    page = f"/sessions/{session.id}"
+
+    offered = as_(ada).get(page).content.decode()
+    refused = as_(bob).post(f"{page}/pause")
+    as_(ada).post(f"{page}/pause")
+    paused = as_(ada).get(page).content.decode()
+    as_(ada).post(f"{page}/resume")
+    session.refresh_from_db()
+
+    assert f'action="{page}/pause"' in offered
+    assert refused.status_code == 403
+    assert f'action="{page}/resume"' in paused
+    assert f'action="{page}/pause"' not in paused
+    assert session.state == S.LEASED
+    backends._live.clear()
 
 
 def test_a_link_signs_in_once(ada):

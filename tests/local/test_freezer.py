@@ -204,3 +204,23 @@ async def test_an_idle_session_is_frozen_and_the_next_call_finds_its_variables(c
     assert over.kept_said == "1 file kept (4 bytes); 2 left out: cannot be read; 1 left out: too large."
     async with aclosing(operations.artifact_pieces((await over.artifacts.aget()).sha256)) as pieces:
         assert b"".join([piece async for piece in pieces]) == b"kept"
+
+
+@pytest.mark.django_db
+async def test_a_frozen_session_is_extended_without_waking_it_up(caller, node, settings):
+    settings.SANDBOXES = {
+        "local": {
+            "BACKEND": "executions.backends.local.LocalBackend",
+            "OPTIONS": {"RUN_DIR": str(node.run_dir), "FLOOR": "none"},
+        }
+    }
+    backends._live.clear()
+    caller.agent.route = ["local"]
+    session = await operations.open_session(caller=caller, request=SessionRequest(timeout_seconds=60))
+    await operations.pause_session(caller=caller, session_id=session.pk)
+
+    later = await operations.extend_session(caller=caller, session_id=session.pk, seconds=3600)
+
+    assert (later.state, later.leased_until > session.leased_until) == (SandboxState.PAUSED, True)
+    assert later.reserved_nano_usd > 3500 * later.rate_nano_usd_per_second
+    await operations.end_session(caller=caller, session_id=session.pk)

@@ -143,6 +143,25 @@ async def test_ending_a_session_destroys_its_sandbox(key):
     assert "Start a new session" in text(after)
 
 
+async def test_what_an_ended_session_has_kept_is_named_and_goes_into_a_later_run(key, settings, tmp_path):
+    settings.ARTIFACTS_DIR = str(tmp_path)
+    async with connected(key) as mcp:
+        session_id = (await mcp.call_tool("execute_code", {"code": "#= 1"})).structured_content["session_id"]
+        await mcp.call_tool("write_file", {"session_id": session_id, "path": "outputs/a.csv", "content": "1,2"})
+        ended = await mcp.call_tool("end_session", {"session_id": session_id})
+        gone = await mcp.call_tool("execute_code", {"code": "#= 1", "session_id": session_id})
+        artifact = gone.structured_content["artifacts"][0]["id"]
+        files = {"data.csv": {"artifact": artifact}}
+        later = await mcp.call_tool("execute_code", {"code": "#= 1", "files": files})
+        session_id = later.structured_content["session_id"]
+        read = await mcp.call_tool("read_file", {"session_id": session_id, "path": "data.csv"})
+
+    assert f"{artifact}  'outputs/a.csv'  3 bytes" in text(ended)
+    assert f"files are kept as {artifact}" in text(gone)
+    assert f'{{"artifact": "{artifact}"}}' in text(gone)
+    assert text(read) == "1,2"
+
+
 async def test_the_same_idempotency_key_runs_nothing_twice_and_opens_one_session(key):
     asked = {"code": "#= 1", "idempotency_key": "step 1"}
 
