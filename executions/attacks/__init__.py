@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from executions.attacks.arena import Arena, Attack, Finding, Ran, Through
 
-from executions.attacks import control, exhaustion, files, network, protocol, visibility  # isort: skip
+from executions.attacks import control, exhaustion, files, network, protocol, shares, visibility  # isort: skip
 
 GROUPS: dict[str, tuple[Attack, ...]] = {
-    "exhaustion": exhaustion.ATTACKS,
+    "exhaustion": (*exhaustion.ATTACKS, *shares.ATTACKS),
     "visibility": visibility.ATTACKS,
     "control": control.ATTACKS,
     "files": files.ATTACKS,

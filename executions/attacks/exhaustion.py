@@ -8,7 +8,6 @@ from executions.attacks.arena import Arena, Attack, Ran, Through
 from executions.backends.base import Handle
 
 MIB = 1 << 20
-ENDED = ("value", "MemoryError", "OutOfMemory", "ContextRestarting", "lost", "timeout")
 
 
 async def _can_still_be_told(arena: Arena, handle: Handle, ran: Ran) -> str:
@@ -17,20 +16,6 @@ async def _can_still_be_told(arena: Arena, handle: Handle, ran: Ran) -> str:
         raise Through("the sandbox answers wrongly")
     await arena.kill(handle)
     return f"stopped after {ran.seconds:.1f} s; the agent answered and the sandbox ended at once"
-
-
-async def _memory_is_held(arena: Arena, handle: Handle, ran: Ran) -> str:
-    peak = ran.usage.get("peak_memory_bytes", 0) // MIB
-    if peak > 400:
-        raise Through(f"{peak} MiB were used where 256 were allowed")
-    return f"ended as {ran.end}" + (f" at {peak} MiB of 256" if peak else "")
-
-
-async def _cpu_is_held(arena: Arena, handle: Handle, ran: Ran) -> str:
-    cpus = ran.usage.get("cpu_us", 0) / 1e6 / max(ran.seconds, 0.1)
-    if cpus > 1.3:
-        raise Through(f"{cpus:.1f} processors were used where 1 was allowed")
-    return f"{cpus:.1f} processors of 1"
 
 
 async def _stopped(arena: Arena, handle: Handle, ran: Ran) -> str:
@@ -128,77 +113,6 @@ def bomb():
         pass
     return threads
 attempt('more than 40 threads', lambda: bomb() > 40)
-""",
-    ),
-    Attack(
-        "memory_bomb", ("cgroups", "rlimits"), limits={"memory_mib": 256}, judge=_memory_is_held, ends=ENDED,
-        code=r"""
-held = []
-while len(held) < 256:
-    held.append(bytearray(b'x' * (8 << 20)))
-through['2 GiB'] = 'touched'
-""",
-    ),
-    Attack(
-        "memory_bomb_in_children", ("cgroups", "rlimits"), limits={"memory_mib": 256}, judge=_memory_is_held, ends=ENDED,
-        code=r"""
-alive = []
-for _ in range(16):
-    if (pid := os.fork()) == 0:
-        try:
-            held = bytearray(b'x') * (60 << 20)
-            time.sleep(1.5)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    alive.append(pid)
-statuses = [os.waitpid(pid, 0)[1] for pid in alive]
-attempt('1 GiB in 16 processes', lambda: not any(statuses))
-""",
-    ),
-    Attack(
-        "memory_bomb_shared", ("cgroups", "rlimits"), limits={"memory_mib": 256}, judge=_memory_is_held, ends=ENDED,
-        code=r"""
-import mmap
-block = b'x' * (1 << 20)
-held = []
-for _ in range(24):
-    held.append(mmap.mmap(-1, 64 << 20))
-    for _ in range(64):
-        held[-1].write(block)
-    time.sleep(0.02)
-through['1.5 GiB of shared mappings'] = 'touched'
-""",
-    ),
-    Attack(
-        "memory_bomb_in_the_kernel", ("cgroups",), limits={"memory_mib": 256}, judge=_memory_is_held, ends=ENDED,
-        code=r"""
-sizes = []
-for _ in range(4):
-    read, write = os.pipe()
-    if os.fork() == 0:
-        total, held = 0, []
-        try:
-            while len(held) < 450 and total < 100 << 20:
-                pair = socket.socketpair()
-                for end in pair:
-                    end.setblocking(False)
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-                    try:
-                        while True:
-                            total += end.send(b'x' * 32768)
-                    except BlockingIOError:
-                        pass
-                held.append(pair)
-        except OSError:
-            pass
-        os.write(write, b'%d' % total)
-        time.sleep(2)
-        os._exit(0)
-    os.close(write)
-    sizes.append(read)
-total = sum(int(os.read(read, 20) or b'0') for read in sizes)
-attempt('unread bytes of socket buffers', lambda: total > 300 << 20 and total)
 """,
     ),
     Attack(
@@ -342,16 +256,6 @@ attempt('without end', lambda: (n := queue()) > 10_000 and n)
     Attack(
         "cpu_spin", ("agent",), seconds=1, ends=("timeout",), judge=_stopped,
         code="while True:\n    pass",
-    ),
-    Attack(
-        "cpu_beyond_its_share", ("cgroups",), seconds=15, judge=_cpu_is_held, fresh=True,
-        code=r"""
-workers = [subprocess.Popen([sys.executable, '-Sc', 'while True: pass']) for _ in range(4)]
-time.sleep(2)
-for worker in workers:
-    worker.kill()
-    worker.wait()
-""",
     ),
     Attack("sleep", ("agent",), seconds=1, ends=("timeout",), judge=_stopped, code="time.sleep(600)"),
     Attack(

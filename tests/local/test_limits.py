@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -30,8 +29,8 @@ async def error(backend, handle, code: str, **options: Any) -> dict[str, Any]:
     return found
 
 
-async def usage(backend, handle, code: str) -> dict[str, int]:
-    events = [event async for event in backend.run_code(handle, code, timeout_seconds=30)]
+async def usage(backend, handle, code: str, **options: Any) -> dict[str, int]:
+    events = [event async for event in backend.run_code(handle, code, timeout_seconds=30, **options)]
     return events[-1].data
 
 
@@ -181,13 +180,11 @@ async def test_usage_is_of_the_run_and_not_of_the_sandbox(backend):
 async def test_runs_at_the_same_time_each_see_the_peak(backend):
     async with sandbox(backend) as handle:
         other = await backend.create_context(handle, language="python")
-        long = asyncio.create_task(
-            usage(backend, handle, "import time\nx = bytearray(b'x' * (80 << 20))\ndel x\ntime.sleep(1)")
-        )
-        await asyncio.sleep(0.5)
-        async for event in backend.run_code(handle, "1", context_id=other["id"]):
-            later = event.data
-        before = await long
+        code = "import time\nx = bytearray(b'x' * (80 << 20))\ndel x\nprint('freed', flush=True)\ntime.sleep(1)"
+        async for event in backend.run_code(handle, code):
+            if event.kind == "stdout":
+                later = await usage(backend, handle, "1", context_id=other["id"])
+            before = event.data
 
     assert before["peak_memory_bytes"] > 80 << 20
     assert later["peak_memory_bytes"] < 80 << 20

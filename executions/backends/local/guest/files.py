@@ -8,7 +8,7 @@ import stat
 from collections.abc import AsyncIterator
 from email.message import Message
 
-from . import linux, places
+from . import linux, places, walls
 from .http import PIECE, Refused, Request
 
 
@@ -46,8 +46,9 @@ def _opened(path: str, flags: int) -> int:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _refused(507, "not enough disk space") from None
         raise _refused(400, f"path '{path}': {os.strerror(problem.errno or 0)}") from None
-    kind = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(kind):
+    found = os.fstat(descriptor)
+    kind = found.st_mode
+    if not stat.S_ISREG(kind) or found.st_size == walls.ZEROS:
         os.close(descriptor)
         what = "is a directory" if stat.S_ISDIR(kind) else "is not a regular file"
         raise _refused(400, f"path '{path}' {what}")

@@ -16,7 +16,8 @@ READABLE = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/proc/cpuinfo", "/proc/meminfo", "/proc/filesystems",
     "/dev/random", "/dev/urandom",
 )  # fmt: skip
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
+DEVICES = ("/dev/null", "/dev/full")
+ZERO = "/dev/zero"  # can be mapped as shared memory, which only a control group counts
 
 
 def begin(plan: dict, node: socket.socket) -> None:
@@ -35,20 +36,21 @@ def begin(plan: dict, node: socket.socket) -> None:
 
 
 def around_zygote(readable: list[str], writable: list[str]) -> None:
-    landlock.enforce(_rules(readable, writable, "/proc"))
+    landlock.enforce(_rules(readable, writable, "/proc", True))
 
 
 def around_agent(plan: dict) -> None:
-    landlock.enforce(_rules(plan["readable"], [plan["home"], plan["tmp"]], "/proc"))
+    landlock.enforce(_rules(plan["readable"], [plan["home"], plan["tmp"]], "/proc", plan["counted"]))
 
 
 def around_guest(plan: dict) -> None:
     """Of /proc only what is the caller's own."""
-    landlock.enforce(_rules(plan["readable"], [plan["home"], plan["tmp"]], f"/proc/{os.getpid()}"))
+    landlock.enforce(_rules(plan["readable"], [plan["home"], plan["tmp"]], f"/proc/{os.getpid()}", plan["counted"]))
 
 
-def _rules(readable: list[str], writable: list[str], proc: str) -> int:
-    rules = landlock.ruleset((*READABLE, *readable, proc), tuple(writable), DEVICES)
+def _rules(readable: list[str], writable: list[str], proc: str, counted: bool) -> int:
+    devices = (*DEVICES, ZERO) if counted else DEVICES
+    rules = landlock.ruleset((*READABLE, *readable, proc), tuple(writable), devices)
     if rules is None:
         raise OSError("this kernel has no Landlock")
     return rules

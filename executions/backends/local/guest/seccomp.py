@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import struct
 
 from . import linux
@@ -30,7 +31,7 @@ REFUSED: dict[str, tuple[int | None, int]] = {
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "uselib": (134, None), "personality": (135, 92),
     "move_pages": (279, 239), "migrate_pages": (256, 238), "mbind": (237, 235), "set_mempolicy": (238, 237),
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195),
-    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "io_setup": (206, 0),
 }  # fmt: skip
 UNKNOWN = {"clone3": (435, 435)}  # ENOSYS: libc falls back to clone, whose flags can be read
 LAST_KNOWN = 462  # mseal; later calls answer ENOSYS until somebody has read about them
@@ -42,6 +43,17 @@ ON_SELF_ONLY = {
 }  # fmt: skip
 NUMBERS = {"clone": (56, 220), "unshare": (272, 97), "ioctl": (16, 29), "socket": (41, 198), "socketpair": (53, 199),
            "setpriority": (141, 140), "ioprio_set": (251, 30), "prlimit64": (302, 261), "setrlimit": (160, 164)}  # fmt: skip
+
+# Where no control group counts what the kernel keeps for a process, these would keep memory that no meter shows.
+UNCOUNTED = {"splice": (275, 76), "tee": (276, 77), "vmsplice": (278, 75)}  # whole pages behind one byte in a pipe
+SETSOCKOPT, MMAP, PRCTL, SET_AFFINITY = (54, 208), (9, 222), (157, 167), (203, 122)
+SOL_SOCKET, BUFFER_SIZES, FILTERS = 1, (7, 8, 32, 33), (26, 50, 51, 52)  # a size above its limit is silently cut anyway
+SHARED_ANONYMOUS = (
+    0x21  # its pages stay when nobody maps them any more; a file in /dev/shm does the same, and is counted
+)
+HUGE_PAGES = 0x40000  # from the operator's own reserve
+PR_SET_THP_DISABLE = 41  # huge pages: one byte would keep two MiB
+LANDLOCK_CREATE_RULESET = 444  # a ruleset holds any number of rules
 RLIMIT_CORE = 4  # fixed at 1: a lower one would let a crash start the host's core dump handler
 NEW_NAMESPACES = 0x7E020000
 TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
@@ -83,9 +95,13 @@ def _load(index: int, high: bool = False) -> bytes:
     return _instruction(LOAD, ARGUMENT + 8 * index + 4 * high)
 
 
-def program(machine: str = linux.MACHINE, *, reduced: bool = False, own_uid: bool = True) -> bytes:
+@functools.cache
+def program(
+    machine: str = linux.MACHINE, *, reduced: bool = False, own_uid: bool = True, counted: bool = True
+) -> bytes:
     """The filter for this architecture. KeyError where there is no table for it.
 
+    Not `counted`: no control group counts its memory and its processors, so that only what a meter shows may be taken.
     `reduced`: no network namespace keeps sockets apart, so there are none but connected pairs. Not `own_uid`: nothing but
     this filter keeps the modes, owners and times of the user's other files, which Landlock does not look at.
     """
@@ -106,6 +122,10 @@ def program(machine: str = linux.MACHINE, *, reduced: bool = False, own_uid: boo
             parts.append(_when(numbers[column], _refuse()))
     for numbers in UNKNOWN.values():
         parts.append(_when(numbers[column], _refuse(errno.ENOSYS)))
+    parts.append(_when(MMAP[column], _argument(3), _instruction(ANY_BIT, HUGE_PAGES, 0, 1), _refuse(errno.ENOMEM),
+                       *([] if counted else _not_shared_anonymous()), allow))  # fmt: skip
+    if not counted:
+        parts += _uncounted(column)
     for numbers in ON_SELF_ONLY.values():
         parts.append(_when(numbers[column], _argument(0), _instruction(EQUAL, 0, 1, 0), _refuse(), allow))
     parts.append(_when(call["clone"], _argument(0), _instruction(ANY_BIT, NEW_NAMESPACES, 0, 1), _refuse(), allow))
@@ -137,6 +157,31 @@ def program(machine: str = linux.MACHINE, *, reduced: bool = False, own_uid: boo
     )  # fmt: skip
     parts.append(allow)
     return b"".join(parts)
+
+
+def _not_shared_anonymous() -> list[bytes]:
+    return [_instruction(AND, SHARED_ANONYMOUS), _instruction(EQUAL, SHARED_ANONYMOUS, 0, 1), _refuse()]
+
+
+def _uncounted(column: int) -> list[bytes]:
+    allow = _instruction(RETURN, ALLOW)
+    options = [step for one in BUFFER_SIZES for step in (_instruction(EQUAL, one, 0, 1), _refuse(0))]
+    options += [step for one in FILTERS for step in (_instruction(EQUAL, one, 0, 1), _refuse())]
+    of_sockets = [_instruction(EQUAL, SOL_SOCKET, 1, 0), allow, _argument(2), *options, allow]
+    huge = [_instruction(EQUAL, PR_SET_THP_DISABLE, 0, 1), _refuse(), allow]
+    return [
+        *(_when(numbers[column], _refuse(errno.ENOSYS)) for numbers in UNCOUNTED.values()),
+        _when(SET_AFFINITY[column], _refuse()),
+        _when(SETSOCKOPT[column], _argument(1), *of_sockets),
+        _when(PRCTL[column], _argument(0), *huge),
+    ]
+
+
+def for_guests() -> bytes:
+    """What the agent still needs and its guests do not, where they are not counted."""
+    return b"".join(
+        [_instruction(LOAD, NUMBER), _when(LANDLOCK_CREATE_RULESET, _refuse()), _instruction(RETURN, ALLOW)]
+    )
 
 
 def _reduced(column: int, call: dict[str, int], own_uid: bool) -> list[bytes]:

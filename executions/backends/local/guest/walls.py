@@ -16,6 +16,7 @@ from . import landlock, linux, places, reduced, seccomp
 
 USER = 1000
 RLIMIT_SIGPENDING = 11
+NETLINK_SOCK_DIAG = 4
 INNER = (
     linux.CLONE_NEWUSER
     | linux.CLONE_NEWNS
@@ -33,6 +34,8 @@ MASKED = (
     "modules", "partitions", "sched_debug", "softirqs", "timer_list",
 )  # fmt: skip
 DATA_MIB = 2048  # of RLIMIT_DATA at least: node reserves that much and never touches most of it
+TCP_BUFFER = "4096 65536 131072"  # bytes that a connection keeps at most in each direction, without control groups
+ZEROS = 1 << 60  # bytes of /dev/zero, where it is a file
 TERMINALS = 64  # the machine has 4096 for all
 AGENT_MIB = 256  # of data beyond the guest's limit, without control groups
 RESERVED_PROCESSES = 16  # what the agent may start beyond the guest's own limit: it must still be able to kill
@@ -44,7 +47,9 @@ def begin(plan: dict, node: socket.socket) -> None:
     if plan["self_map"]:
         for name, line in (("setgroups", "deny"), ("uid_map", "1000 1000 1"), ("gid_map", "1000 1000 1")):
             Path(f"/proc/self/{name}").write_text(line)
-    node.send(b"unshared")  # the node learns our pid from the kernel and writes the maps
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
+        # the node learns our pid from the kernel and writes the maps; it asks this socket what those in here keep in memory
+        socket.send_fds(node, [b"unshared"], [] if plan["counted"] else [diag.fileno()])
     if node.recv(16) != b"mapped":
         raise OSError("the node did not map this sandbox")
     if not plan["self_map"]:
@@ -60,6 +65,9 @@ def begin(plan: dict, node: socket.socket) -> None:
     linux.mount("proc", "/proc", "proc", flags)  # failing here is fatal: the outer one shows the zygote
     for name, value in OF_THE_NAMESPACE.items():
         Path(f"/proc/sys/user/{name}").write_text(str(value))
+    if not plan["counted"]:
+        for name in ("tcp_rmem", "tcp_wmem"):
+            Path(f"/proc/sys/net/ipv4/{name}").write_text(TCP_BUFFER)
     for name in MASKED:
         if os.path.isfile(f"/proc/{name}"):
             linux.mount("/dev/null", f"/proc/{name}", None, linux.MS_BIND)
@@ -73,7 +81,7 @@ def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
         os.chdir(plan["home"])
         restrict(plan, keep, filter_program)
         return
-    _mount_private_folders(plan["limits"], plan["shadowed"])
+    _mount_private_folders(plan["limits"], plan["shadowed"], plan["counted"])
     restrict(plan, keep, filter_program)
 
 
@@ -87,7 +95,7 @@ def restrict(plan: dict, keep: set[int], filter_program: bytes) -> None:
     seccomp.install(filter_program)
 
 
-def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
+def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool) -> None:
     opened = {path: os.open(path, os.O_PATH) for path in shadowed}
     flags = linux.MS_NOSUID | linux.MS_NODEV
     own = f"uid={USER},gid={USER}"
@@ -107,7 +115,14 @@ def _mount_private_folders(limits: dict, shadowed: list[str]) -> None:
         linux.MS_NOSUID | linux.MS_NOEXEC,
         f"newinstance,ptmxmode=0666,mode=0620,max={TERMINALS}",
     )
-    linux.mount("sandbox", "/run", "tmpfs", flags | linux.MS_RDONLY, "size=4k,mode=755")  # over the zygote's
+    linux.mount("sandbox", "/run", "tmpfs", flags, "size=4k,mode=755")  # over the zygote's
+    if not counted:  # shared pages of the device would be counted by nobody: zeros come from a file with a hole
+        with open("/run/zero", "wb") as zero:
+            zero.truncate(ZEROS)
+        linux.mount("/run/zero", "/dev/zero", None, linux.MS_BIND)
+        linux.harden("/dev/zero")
+        os.unlink("/run/zero")
+    linux.harden("/run")
     for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
         os.makedirs(path, exist_ok=True)
         linux.mount(f"/proc/self/fd/{descriptor}", path, None, linux.MS_BIND | linux.MS_REC)
@@ -144,7 +159,10 @@ def _limit(plan: dict) -> None:
         value = value if present[1] == resource.RLIM_INFINITY else min(value, present[1])
         if present != (value, value):  # a filter that stands already lets nobody touch the core's
             resource.setrlimit(limit, (value, value))
-    if plan["limit_data"]:  # nobody else limits the agent, and guests choose what it reads
+    if not plan["counted"]:  # nobody else limits the agent, and guests choose what it reads
+        linux.prctl(linux.PR_SET_THP_DISABLE, 1)
+        if plan["cores"]:
+            os.sched_setaffinity(0, plan["cores"])
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, ((limits["memory_mib"] + AGENT_MIB) << 20, hard))
 
@@ -161,10 +179,12 @@ def become_guest(plan: dict, rules: int | None, data_mib: int = DATA_MIB) -> Non
     processes = plan["limits"]["processes"] + plan.get("others", 0)
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-    if plan["limit_data"]:
+    if not plan["counted"]:
         memory = max(data_mib, plan["limits"]["memory_mib"]) << 20
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     if plan.get("reduced"):
         reduced.around_guest(plan)
     else:
         landlock.enforce(rules)
+    if not plan["counted"]:
+        seccomp.install(seccomp.for_guests())

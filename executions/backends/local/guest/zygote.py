@@ -26,7 +26,8 @@ def main() -> None:
         began = time.monotonic()
         facts = python_context.warm() | {"languages": languages.look(), "absent": languages.absent}
         _rehearse()
-        program = seccomp.program()  # in the reduced mode a stricter one is there already
+        for counted in (True, False):
+            seccomp.program(counted=counted)  # in the reduced mode a stricter one is there already
         gc.collect()
         gc.freeze()  # forks share these pages as long as nobody counts references in them
         if len(os.listdir("/proc/self/task")) != 1:
@@ -49,7 +50,7 @@ def main() -> None:
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
-            _become_sandbox(json.loads(message), socket.socket(fileno=descriptors[0]), program)
+            _become_sandbox(json.loads(message), socket.socket(fileno=descriptors[0]))
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -61,7 +62,8 @@ def _rehearse() -> None:
             agent.rehearse()
 
 
-def _become_sandbox(plan: dict, node: socket.socket, program: bytes) -> None:
+def _become_sandbox(plan: dict, node: socket.socket) -> None:
+    program = seccomp.program(counted=plan["counted"])
     try:
         (reduced.begin if plan.get("reduced") else walls.begin)(plan, node)
         # it would have a Landlock domain beside the agent's, who could not signal it: the reduced mode starts without one

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -14,13 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from node import egress, meters, runs
+from node import egress, runs
 from node.cgroups import Group
 from node.freezer import Freezer
 from node.ground import Ground
 from node.runs import Counters, Run
 from node.uids import Block
 from node.unborn import Unborn, dead
+from node.watchdog import Watchdog
 
 PORTS = (49983, 49999)
 START_SECONDS = 35  # for a template's start command; the agent stops it after 30
@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 
 class Sandbox:
-    def __init__(self, request: dict[str, Any], folder: Path) -> None:
+    def __init__(self, request: dict[str, Any], folder: Path, cores: list[int]) -> None:
         self.id: str = request["sandbox_id"]
         self.template: str = request["template"]
         self.metadata: dict[str, str] = request.get("metadata", {})
@@ -46,7 +46,7 @@ class Sandbox:
         self.start_command = ""
         self.network_allow: list[str] = request.get("network_allow", [])
         self.agent: str = request.get("agent", "")
-        self.folder = folder
+        self.folder, self.cores = folder, cores
         self.token = secrets.token_hex(16)
         self.started_at = datetime.now(UTC).isoformat()
         self.boot_ms = 0.0
@@ -57,8 +57,7 @@ class Sandbox:
         self.group: Group | None = None
         self.below: Ground | None = None  # of the reduced mode
         self.runs: list[Run] = []
-        self._memory_kills = self._most_processes = 0  # of the watchdog, where there are no control groups
-        self._looked_at_bytes = 0
+        self.watchdog: Watchdog | None = None  # where there are no control groups
         self._process: Unborn | None = None
         self._expiry: asyncio.TimerHandle | None = None
 
@@ -86,7 +85,7 @@ class Sandbox:
                 )
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": limits, "env": self.env,
-                "token": self.token, "limit_data": self.group is None, "files": self.files, "start_command": self.start_command,
+                "token": self.token, "cores": self.cores, "files": self.files, "start_command": self.start_command,
                 "proxy_port": egress.PORT if self.network_allow else 0,
             }  # fmt: skip
             if below is not None:
@@ -97,6 +96,8 @@ class Sandbox:
                 START_SECONDS if self.start_command else 0,
                 lambda listener: proxy.open(self.id, self.network_allow, self.agent, listener),
             )
+            if self.group is None:
+                self.watchdog = Watchdog(unborn, self.limits, self._note)
             self.alive = True
         except (OSError, TimeoutError) as problem:
             raise Refusal("unavailable", f"The sandbox could not be made: {problem or 'no answer in time'}") from None
@@ -165,22 +166,26 @@ class Sandbox:
     def counters(self) -> Counters:
         if self.group is not None:
             return Counters(self.group.cpu_us(), self.group.memory_kills())
-        return Counters(self._measure().cpu_us, self._memory_kills)
+        assert self.watchdog is not None
+        return Counters(self.watchdog.measure().cpu_us, self.watchdog.kills)
 
     def note_peak(self) -> None:
         """Let every run that goes on know of the memory that was used since somebody looked."""
         if self.group is not None:
             self._note(self.group.peak_memory_bytes())
-        else:
-            self._look(self._measure())
+        elif self.runs and self.watchdog is not None:
+            self.watchdog.account_for(self.watchdog.measure())
 
-    def _note(self, memory_bytes: int) -> None:
+    def _note(self, memory_bytes: int, data_bytes: int = 0) -> None:
         for run in self.runs:
             run.peak_memory_bytes = max(run.peak_memory_bytes, memory_bytes)
+            run.peak_data_bytes = max(run.peak_data_bytes, data_bytes)
 
     def most_processes(self) -> int:
         """The most there ever were at one time, as far as was looked."""
-        return self.group.most_processes() if self.group is not None else self._most_processes
+        counted = self.group or self.watchdog
+        assert counted is not None
+        return counted.most_processes()
 
     def disk_is_full(self, path: str) -> bool:
         assert self._process is not None
@@ -189,35 +194,6 @@ class Sandbox:
     def died_for_memory(self) -> bool:
         """Whether the agent itself was killed for the memory that its guests had used; asked after its death."""
         return self.group is not None and self.group.memory_kills() > 0
-
-    def _measure(self) -> meters.Measured:
-        assert self._process is not None
-        measured = meters.measure(self._process.pid)
-        self._most_processes = max(self._most_processes, measured.tasks)
-        for run in self.runs:
-            run.peak_data_bytes = max(run.peak_data_bytes, measured.data_bytes)
-        return measured
-
-    def watch_memory(self) -> None:
-        """Without control groups: look closely when memory has grown, and kill the largest guests until the rest fits."""
-        measured = self._measure()
-        limit = self.limits["memory_mib"] << 20
-        if measured.memory_bytes > min(self._looked_at_bytes + limit // 16, limit):
-            guests = self._look(measured)
-            used = sum(guests.values())
-            for pid, size in guests.items():
-                if used <= limit:
-                    break
-                used -= size
-                self._memory_kills += 1
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def _look(self, measured: meters.Measured) -> dict[int, int]:
-        guests = measured.exact_bytes()
-        self._looked_at_bytes = measured.memory_bytes
-        self._note(sum(guests.values()))
-        return guests
 
     async def end(self, block: Block | None) -> None:
         """Kill it, wait until the kernel says that all of it is gone, and remove its traces. May be repeated."""

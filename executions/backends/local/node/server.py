@@ -22,6 +22,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +31,18 @@ from typing import Any
 from guest import landlock, linux, seccomp
 from node import cgroups, ground
 from node.cgroups import Tree
+from node.cores import Cores
 from node.egress import Egress
 from node.ground import Ground
 from node.runs import Run
 from node.sandboxes import Refusal, Sandbox
 from node.templates import Content, Template
 from node.uids import Block
+from node.watchdog import LOOK_SECONDS
 from node.zygotes import Zygote
 
 from executions import network
 
-WATCHDOG_SECONDS = 0.1
 DISK_SECONDS = 1
 ISOLATION = ("none", "reduced", "namespaces", "microvm")  # as in the product's states
 METER_SECONDS = (0.01, 1.0)  # between two looks at a meter that must not pass a limit
@@ -80,6 +82,7 @@ class Node:
         self._lives: dict[str, asyncio.Task[None]] = {}  # of the templates
         self._first = {name: Content(python=python) for name, python in templates.items()}
         self.sandboxes: dict[str, Sandbox] = {}
+        self.cores = Cores()
         self.proxy = Egress(self.block)
         self.reasons: dict[str, str] = {}  # why sandboxes have ended that nobody asked to end
         self.draining = False
@@ -112,16 +115,15 @@ class Node:
                 raise Refusal("invalid", f"limits.{name} must be between {least} and {most}.")
         template, zygote = await self._ready(request.get("template"))
         if ISOLATION.index(self.isolation) < ISOLATION.index(request.get("floor", "none")):
-            raise Refusal(
-                "refused", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for."
-            )
+            raise Refusal("refused", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for.")
         if self.below is not None and request.get("network_allow"):
             raise Refusal("refused", "The reduced mode has no network.")
         try:
             network.Rules(request.get("network_allow", []))
         except ValueError as problem:
             raise Refusal("invalid", str(problem)) from None
-        sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier)
+        cores = self.cores.take(request["limits"]["cpu_count"]) if self.tree is None else []
+        sandbox = self.sandboxes[identifier] = Sandbox(request, self.run_dir / "sandboxes" / identifier, cores)
         sandbox.files, sandbox.start_command = template.content.files, template.content.start_command
         try:
             await sandbox.be_born(await zygote.unborn(), self.proxy, self.below)
@@ -196,6 +198,7 @@ class Node:
             await sandbox.end(self.block)
         if self.sandboxes.get(sandbox.id) == sandbox:
             del self.sandboxes[sandbox.id]
+            self.cores.give_back(sandbox.cores)
 
     def _known(self, request: dict[str, Any]) -> Sandbox:
         sandbox = self.sandboxes.get(request.get("sandbox_id", ""))
@@ -331,13 +334,19 @@ class Node:
     async def watch(self) -> None:
         """Where nobody else limits memory."""
         while self.tree is None:
-            await asyncio.sleep(WATCHDOG_SECONDS)
-            for sandbox in list(self.sandboxes.values()):
-                if sandbox.alive:
-                    try:
-                        sandbox.watch_memory()
-                    except Exception:  # one that ends while it is looked at must not leave the others unwatched
-                        sys.stderr.write(traceback.format_exc())
+            least, most = LOOK_SECONDS
+            now = time.monotonic()
+            watched = [(one, one.watchdog) for one in self.sandboxes.values()
+                       if one.alive and one.watchdog is not None and one.freezer is None]  # fmt: skip
+            for sandbox, watchdog in [one for one in watched if one[1].look_at <= now]:
+                try:
+                    if not watchdog.look():
+                        self.reasons[sandbox.id] = "out_of_memory"
+                        self._end_soon(sandbox)
+                except Exception:  # one that ends while it is looked at must not leave the others unwatched
+                    sys.stderr.write(traceback.format_exc())
+            next_look = min((watchdog.look_at for _, watchdog in watched), default=now + most)
+            await asyncio.sleep(max(least, min(most, next_look - time.monotonic())))
 
     async def _try(self) -> None:
         """Make one empty sandbox, to know whether this machine allows it; if not, go on with what it allows."""

@@ -32,6 +32,7 @@ class Unborn:
         self.uid, self.reduced, self.group = uid, reduced, group
         self.pid, self.pidfd = 0, -1
         self._handed: socket.socket | None = None
+        self.diag: socket.socket | None = None  # tells what its sockets keep, where no control group counts it
         self._node, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._node.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._node.setblocking(False)
@@ -48,6 +49,7 @@ class Unborn:
             unborn._theirs.close()
             async with asyncio.timeout(SECONDS):
                 await unborn._expect(b"unshared")
+                unborn.diag, unborn._handed = unborn._handed, None
                 if group is not None:
                     await asyncio.to_thread(group.add, unborn.pid)  # and with it all that it will fork
                 if unborn.uid is not None and not unborn.reduced:
@@ -126,6 +128,8 @@ class Unborn:
             await dead(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
+        if self.diag is not None:
+            self.diag.close()
         self._node.close()  # only now: whoever waits for its word hears that it has hung up
         if block is not None and self.uid is not None:
             block.give_back(self.uid)

@@ -54,7 +54,10 @@ class Zygote:
         """Returns when it is warm and has shown that it can fork a sandbox. OSError or ValueError with the reason."""
         prefixes = root.prefixes(await self._ask_interpreter())
         shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
-        self._plan = {"self_map": self.block is None, "shadowed": shadowed, "reduced": self.below is not None}
+        self._plan = {
+            "self_map": self.block is None, "counted": self.tree is not None, "shadowed": shadowed,
+            "reduced": self.below is not None,
+        }  # fmt: skip
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._control = ours
