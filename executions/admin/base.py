@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from django.db.models import Model
@@ -14,9 +13,6 @@ from executions import audit
 from executions.admin import show
 from executions.keys import Caller
 from executions.models import ApiKey, Team
-
-SECRET = {"digest", "password"}
-UNREMARKABLE = {"last_login"}
 
 
 def caller_of(request: HttpRequest, team: Team | None) -> Caller:
@@ -47,31 +43,6 @@ def noun(model: type[Model]) -> str:
 
 def _team(row: Model) -> Team | None:
     return row if isinstance(row, Team) else getattr(row, "team", None)
-
-
-def facts(row: Model) -> dict[str, Any]:
-    """What a row says now, many-to-many relations included."""
-    found = {field.attname: getattr(row, field.attname) for field in row._meta.concrete_fields}
-    for field in row._meta.many_to_many:
-        found[field.name] = sorted(getattr(row, field.name).values_list("pk", flat=True))
-    return found
-
-
-def difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict, dict]:
-    """Only what differs, fit for the audit: secrets are named, never shown."""
-    names = sorted((before.keys() | after.keys()) - UNREMARKABLE)
-    changed = [name for name in names if before.get(name) != after.get(name)]
-
-    def told(side: dict[str, Any]) -> dict[str, Any]:
-        return {name: "(secret)" if name in SECRET else _plain(side[name]) for name in changed if name in side}
-
-    return told(before), told(after)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
 
 
 class Page(ModelAdmin):
@@ -118,34 +89,34 @@ class ConfigurationPage(Page):
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
         row = super().get_object(request, object_id, from_field)
         if row is not None and request.method == "POST":
-            request.before = facts(row)  # type: ignore[attr-defined]
+            request.before = audit.facts(row)  # type: ignore[attr-defined]
         return row
 
     def log_addition(self, request: HttpRequest, obj: Any, message: Any) -> None:
-        write_down(request, f"{noun(type(obj))}_made", obj, after=difference({}, facts(obj))[1])
+        write_down(request, f"{noun(type(obj))}_made", obj, after=audit.difference({}, audit.facts(obj))[1])
 
     def log_change(self, request: HttpRequest, obj: Any, message: Any) -> None:
         stored = type(obj)._base_manager.get(pk=obj.pk)
-        before, after = difference(request.before, facts(stored))  # type: ignore[attr-defined]
+        before, after = audit.difference(request.before, audit.facts(stored))  # type: ignore[attr-defined]
         if before or after:
             write_down(request, f"{noun(type(obj))}_changed", obj, before=before, after=after)
 
     def log_deletions(self, request: HttpRequest, queryset: Any) -> None:
         for row in queryset:
-            write_down(request, f"{noun(type(row))}_deleted", row, before=difference({}, facts(row))[1])
+            write_down(request, f"{noun(type(row))}_deleted", row, before=audit.difference({}, audit.facts(row))[1])
 
     def save_formset(self, request: HttpRequest, form: Any, formset: Any, change: bool) -> None:
         name = noun(formset.model)
         held = formset.model._base_manager.in_bulk([f.instance.pk for f in formset.initial_forms if f.instance.pk])
-        told = {pk: facts(row) for pk, row in held.items()}
+        told = {pk: audit.facts(row) for pk, row in held.items()}
         for doomed in formset.deleted_forms if formset.can_delete else []:
             if row := held.get(doomed.instance.pk):
-                write_down(request, f"{name}_deleted", row, before=difference({}, told[row.pk])[1])
+                write_down(request, f"{name}_deleted", row, before=audit.difference({}, told[row.pk])[1])
         super().save_formset(request, form, formset, change)
         for row in formset.new_objects:
-            write_down(request, f"{name}_made", row, after=difference({}, facts(row))[1])
+            write_down(request, f"{name}_made", row, after=audit.difference({}, audit.facts(row))[1])
         for row, _ in formset.changed_objects:
-            before, after = difference(told[row.pk], facts(row))
+            before, after = audit.difference(told[row.pk], audit.facts(row))
             if before or after:
                 write_down(request, f"{name}_changed", row, before=before, after=after)
 

@@ -50,6 +50,7 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
         "Records",
         [
             ("Audit", "history", "auditevent"),
+            ("Audit's head", "link", "audithead"),
             ("Transitions", "swap_horiz", "transition"),
             ("Attempts", "alt_route", "attempt"),
             ("Events", "notes", "event"),

@@ -13,7 +13,7 @@ from unfold.decorators import display
 
 from executions.admin import filters, show
 from executions.admin.base import RecordPage
-from executions.models import AuditEvent, IdempotencyRecord, MetricTotal, Package, Refusal, SignInLink
+from executions.models import AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Package, Refusal, SignInLink
 
 
 @admin.register(Refusal)
@@ -168,3 +168,8 @@ class MetricTotalPage(RecordPage):
     @display(description="age", ordering="at")
     def age(self, row: MetricTotal) -> Any:
         return show.when(row.at)
+
+
+@admin.register(AuditHead)
+class AuditHeadPage(RecordPage):
+    list_display = ["seq", "digest"]

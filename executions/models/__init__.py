@@ -8,6 +8,7 @@ from executions.models.pools import Claim, Pool
 from executions.models.records import (
     Attestation,
     AuditEvent,
+    AuditHead,
     IdempotencyRecord,
     MetricTotal,
     Package,
@@ -25,6 +26,7 @@ __all__ = [
     "Attempt",
     "Attestation",
     "AuditEvent",
+    "AuditHead",
     "BackendState",
     "Claim",
     "CostTotal",

@@ -72,8 +72,14 @@ class IdempotencyRecord(models.Model):
 
 
 class AuditEvent(models.Model):
-    """What a person or a program did to configuration, keys, sign-ins and levers, with before and after."""
+    """What a person or a program did to configuration, keys, sign-ins and levers, with before and after.
 
+    Triggers refuse to change or delete one. Written by audit.record alone.
+    """
+
+    seq = models.BigIntegerField("number", unique=True, editable=False)
+    previous = models.CharField(max_length=64, blank=True, editable=False, help_text="The hash of the event before it.")
+    digest = models.CharField("hash", max_length=64, editable=False, help_text="Of its content and the hash before it.")
     team = models.ForeignKey(Team, models.PROTECT, null=True, related_name="+")
     actor = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
     key = models.ForeignKey(ApiKey, models.PROTECT, null=True, related_name="+")
@@ -87,6 +93,16 @@ class AuditEvent(models.Model):
 
     def __str__(self) -> str:
         return f"{self.action} {self.subject}"
+
+
+class AuditHead(models.Model):
+    """The last link of the audit's chain; whoever adds one holds this row."""
+
+    seq = models.BigIntegerField()
+    digest = models.CharField(max_length=64)
+
+    def __str__(self) -> str:
+        return f"event {self.seq}"
 
 
 class Package(models.Model):

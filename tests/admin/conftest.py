@@ -9,14 +9,14 @@ import pytest
 from django.db import transaction
 from django.utils import timezone
 
-from executions import keys
+from executions import audit, keys
 from executions.keys import Caller
 from executions.models import (
     Agent,
     Artifact,
     Attempt,
     Attestation,
-    AuditEvent,
+    AuditHead,
     BackendState,
     CostTotal,
     Egress,
@@ -42,7 +42,7 @@ from executions.models import (
 from executions.states import Scope, Unit, Window
 
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "backendstate", "costtotal", "egress", "event", "execution",
+    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "audithead", "backendstate", "costtotal", "egress", "event", "execution",
     "idempotencyrecord", "ledgerentry",
     "membership", "metrictotal", "package", "providercharge", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
     "transition", "usage", "user",
@@ -155,7 +155,8 @@ def one_of_everything(template: Template) -> dict:
                 }
             ],
         ),
-        "auditevent": AuditEvent.objects.create(team=team, actor=person, key=key, action="sign_in", subject=name),
+        "auditevent": audit.record("sign_in", caller=Caller(team, None, key, person), subject=name),
+        "audithead": AuditHead.objects.get(),
         "backendstate": BackendState.objects.update_or_create(
             alias=f"{name}-backend", state="open", opened_at=timezone.now(), reason="<b>503"
         )[0],
