@@ -217,3 +217,17 @@ async def test_cpu_time_of_a_command_has_an_end_too(backend):
         )
 
     assert left == []
+
+
+@pytest.mark.parametrize(
+    "command", ["yes x | head -c 30000000", "yes x | head -c 30000000 >&2; yes y | head -c 9000000"]
+)
+async def test_output_of_a_command_is_cut_like_a_cells_and_it_goes_on(backend, command):
+    async with sandbox(backend, output_bytes=1 << 20) as handle:
+        events = [event async for event in backend.run_command(handle, f"{command}; touch /tmp/end; exit 3")]
+        said = "".join(event.data["text"] for event in events if event.kind in ("stdout", "stderr"))
+
+        assert 1 << 20 < len(said) < 2 << 20
+        assert said.count("passed the limit of 1048576 bytes") == 1
+        assert [event.data["exit_code"] for event in events if event.kind == "exit"] == [3]
+        assert await value(backend, handle, "__import__('os').path.exists('/tmp/end')")

@@ -161,6 +161,17 @@ kinds
     assert of_the_interpreter <= {"/dev/null", "pipe", "socket", "anon_inode"}
 
 
+async def test_what_a_user_installs_belongs_below_his_home(backend):
+    async with sandbox(backend) as handle:
+        found = await value(
+            backend, handle, "import site\n[site.USER_BASE, site.USER_SITE, site.getusersitepackages()]"
+        )
+
+    assert found[0] == "/home/user/.local"
+    assert found[1] == found[2]
+    assert found[1].startswith("/home/user/.local/lib/python3")
+
+
 async def test_the_host_name_and_ipc_are_its_own(backend):
     async with sandbox(backend) as handle:
         name = await value(backend, handle, "import socket\nsocket.gethostname()")
@@ -561,3 +572,53 @@ async def test_packages_put_into_the_sandbox_are_found_by_every_python(backend):
 
     in_a_script = "".join(event.data["text"] for event in events if event.kind == "stdout")
     assert (in_a_cell, in_a_script) == (42, "42\n")
+
+
+# where no control group counts
+
+
+@pytest.mark.skipif(ROOT, reason="control groups count what these keep")
+async def test_what_no_meter_shows_cannot_be_had(backend):
+    code = (
+        SYSCALLS
+        + """
+import mmap, os, socket
+pair = socket.socketpair()
+r, w = os.pipe()
+def size(option):
+    before = pair[0].getsockopt(1, option)
+    pair[0].setsockopt(1, option, 1 << 20)
+    return pair[0].getsockopt(1, option) - before
+b = ctypes.create_string_buffer(64)
+calls = {
+    'shared': lambda: libc.mmap(0, 4096, 3, 0x21, -1, 0),
+    'huge': lambda: libc.mmap(0, 2 << 20, 3, 0x40022, -1, 0),
+    'splice': lambda: libc.splice(r, 0, w, 0, 1, 0),
+    'tee': lambda: libc.tee(r, w, 1, 0),
+    'vmsplice': lambda: libc.vmsplice(w, b, 1, 0),
+    'affinity': lambda: libc.sched_setaffinity(0, 8, b'\\xff' * 8),
+    'filter': lambda: libc.setsockopt(pair[0].fileno(), 1, 26, b, 16),
+    'rules': lambda: libc.syscall(444, b, 8, 0),
+    'large pages': lambda: libc.prctl(41, 0, 0, 0, 0),
+}
+{name: attempt(call) for name, call in calls.items()}, size(7), size(8), os.path.getsize('/dev/zero') > 0, open('/dev/zero', 'rb').read(9)
+"""
+    )
+    async with sandbox(backend) as handle:
+        refused, sending, receiving, is_file, zeros = await value(backend, handle, code)
+
+    assert refused == {
+        "shared": "EPERM", "huge": "ENOMEM", "splice": "ENOSYS", "tee": "ENOSYS", "vmsplice": "ENOSYS", "affinity": "EPERM",
+        "filter": "EPERM", "rules": "EPERM", "large pages": "EPERM",
+    }  # fmt: skip
+    assert (sending, receiving, is_file, zeros) == (0, 0, True, bytes(9))
+
+
+@pytest.mark.skipif(ROOT, reason="control groups share out the processors")
+async def test_sandboxes_are_spread_over_the_processors(backend):
+    cores = sorted(os.sched_getaffinity(0))
+    async with sandbox(backend, cpu_count=1) as one, sandbox(backend, cpu_count=1) as other:
+        first, second = [await value(backend, handle, "import os\nos.sched_getaffinity(0)") for handle in (one, other)]
+
+    assert (len(first), len(second)) == (1, 1)
+    assert len(first | second) == min(2, len(cores))

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import places
 from .connect import ConnectError, envelope, messages, only_message
+from .contexts import TRUNCATED
 from .http import Request
 from .processes import Moment, descendants, extinguish, fork_guest, kill, now, started_by
 
@@ -38,6 +39,7 @@ class Command:
     status: int | None = None
     silent: bool = False  # it has ended and all that it said is told
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    said_bytes: int = 0
     listeners: set[asyncio.Queue[Said]] = field(default_factory=set)
     pumping: asyncio.Task[None] | None = None
 
@@ -184,7 +186,8 @@ class Commands:
 
     async def _pump(self, command: Command) -> None:
         names = ("pty",) if command.terminal else ("stdout", "stderr")
-        pumps = [_pumped(command, name, output) for name, output in zip(names, command.outputs, strict=True)]
+        limit = self.agent.plan["limits"]["output_bytes"]
+        pumps = [_pumped(command, name, output, limit) for name, output in zip(names, command.outputs, strict=True)]
         await asyncio.gather(*pumps)
         await command.ended.wait()
         if command.terminal:
@@ -306,8 +309,11 @@ async def _writable(descriptor: int) -> None:
         loop.remove_writer(descriptor)
 
 
-async def _pumped(command: Command, name: str, descriptor: int) -> None:
-    """Tell all listeners what comes; where there is none it is thrown away, so that the process goes on."""
+async def _pumped(command: Command, name: str, descriptor: int, limit: int) -> None:
+    """Tell all listeners what comes; where there is none, or beyond the limit, it is thrown away, so that the process goes on.
+
+    Terminals have no limit: somebody sits there.
+    """
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
@@ -324,7 +330,12 @@ async def _pumped(command: Command, name: str, descriptor: int) -> None:
                 return
             if not piece:
                 return
-            await command.tell(name, piece)
+            within = command.terminal or command.said_bytes <= limit
+            command.said_bytes += len(piece)
+            if within:
+                await command.tell(name, piece)
+                if command.said_bytes > limit and not command.terminal:
+                    await command.tell("stderr", TRUNCATED.format(limit).encode())
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import signal
+import site
 import socket
 import sys
 import termios
@@ -165,6 +166,8 @@ def run(control: socket.socket, environment: dict[str, str], limits: dict[str, i
     sys.argv = [""]
     os.environ.clear()
     os.environ.update(environment)
+    site.USER_BASE = site.USER_SITE = None
+    site.getusersitepackages()  # anew: they were the zygote's
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # the fork shares it with every sandbox of this template
     asyncio.set_event_loop(get_asyncio_loop())  # not the agent's, which this fork has inherited
