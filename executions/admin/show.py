@@ -46,6 +46,7 @@ LOOKS = {
     "expired": "timed_out",
     "revoked": "cancelled",
     "used": "cancelled",
+    "settled": "succeeded",
     "up": "succeeded",
     "down": "errored",
     "out": "errored",

@@ -18,6 +18,7 @@ from executions.models import (
     Attestation,
     AuditHead,
     BackendState,
+    Claim,
     CostTotal,
     Egress,
     Event,
@@ -27,6 +28,7 @@ from executions.models import (
     Membership,
     MetricTotal,
     Package,
+    Pool,
     ProviderCharge,
     Quota,
     Rate,
@@ -42,12 +44,12 @@ from executions.models import (
 from executions.states import Scope, Unit, Window
 
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "audithead", "backendstate", "costtotal", "egress", "event", "execution",
+    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "audithead", "backendstate", "claim", "costtotal", "egress", "event", "execution",
     "idempotencyrecord", "ledgerentry",
-    "membership", "metrictotal", "package", "providercharge", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
+    "membership", "metrictotal", "package", "pool", "providercharge", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
     "transition", "usage", "user",
 ]  # fmt: skip
-CONFIGURATION = ["agent", "apikey", "membership", "quota", "rate", "team", "template", "user"]
+CONFIGURATION = ["agent", "apikey", "membership", "pool", "quota", "rate", "team", "template", "user"]
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +128,8 @@ def one_of_everything(template: Template) -> dict:
     quota = Quota.objects.create(agent=agent, unit=Unit.NANO_USD, window=Window.DAY, limit=10**9)
     Quota.objects.create(key=key, unit=Unit.CONCURRENT_EXECUTIONS, limit=4)
     who = {"team": team, "agent": agent, "key": key, "actor": person}
+    pool = Pool.objects.create(backend="scripted", template=template, network_allow=[f"{name}.example"], target=2)
+    warm = a_sandbox(agent, template, "booting", "idle", "leased", pool=pool, made_of="0" * 16)
     return {
         "agent": agent,
         "apikey": key,
@@ -178,6 +182,7 @@ def one_of_everything(template: Template) -> dict:
             duration_us=1,
             cost_nano_usd=1,
         ),
+        "claim": Claim.objects.create(sandbox=warm, pool=pool, took_us=2000, reserved_nano_usd=5),
         "egress": Egress.objects.create(
             sandbox=sandbox,
             execution=execution,
@@ -201,6 +206,7 @@ def one_of_everything(template: Template) -> dict:
         "providercharge": ProviderCharge.objects.create(
             backend="e2b", day=timezone.now().date(), sandbox=name, nano_usd=5, source="bill.csv"
         ),
+        "pool": pool,
         "quota": quota,
         "rate": Rate.objects.create(backend="scripted", meter=Rate.VCPU, nano_usd=14_000),
         "refusal": Refusal.objects.create(**who, code="quota_exceeded", detail="No.", roll=name),

@@ -31,12 +31,14 @@ AIM_MS, AIM_HITS = 30, 0.99
 
 
 def main() -> None:
+    named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
+    python = Path(named) if named else None
     print(HEAD)
     with running_double("--faults", json.dumps({"create_ms": BOOT})) as double, servers.folder() as data:
         database = os.environ.get("DATABASE_URL") or f"sqlite:///{data}/bench.sqlite3"
         name = database.split(":")[0].replace("sqlite", "SQLite").replace("postgresql", "PostgreSQL")
         settings = double.settings() | {"SANDGATE_LOG_LEVEL": "WARNING", "DATABASE_URL": database}
-        product = start(data, servers.free_port(), None, **settings)
+        product = start(data, servers.free_port(), python, **settings)
         try:
             _open_wide(data, database)
             port = int(product.url.rsplit(":", 1)[1])
@@ -96,6 +98,8 @@ async def arrivals(port: int, key: str, seconds: float) -> tuple[Figures, float]
     async def arrive() -> None:
         nonlocal failed, hits
         began = time.perf_counter()
+        while idle and idle[-1][0].at_eof():  # the server has closed what was idle for long
+            idle.pop()[1].close()
         pair = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
         status, body = await one(*pair, raw)
         taken.append(time.perf_counter() - began)
