@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from executions.backends.base import Backend
+from executions.backends.scripted import ScriptedBackend
 from executions.models import Agent, Execution, Quota, Rate, Sandbox
 from executions.states import Unit, Window
 from tests.mcp_door.conftest import connected, http, scripted_key, text
@@ -96,7 +98,8 @@ async def test_a_package_outside_the_policy_is_denied_with_what_is_allowed(key):
     assert nowhere.structured_content["code"] == "unsupported"
 
 
-async def test_what_a_backend_cannot_do_is_said_as_such(key):
+async def test_what_a_backend_cannot_do_is_said_as_such(key, monkeypatch):
+    monkeypatch.setattr(ScriptedBackend, "list_files", Backend.list_files)
     async with connected(key) as mcp:
         session_id = (await mcp.call_tool("execute_code", {"code": "#= 1"})).structured_content["session_id"]
         result = await mcp.call_tool("list_files", {"session_id": session_id})
