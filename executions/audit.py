@@ -94,7 +94,7 @@ def told(facts: Any) -> Any:
     """Facts fit for the audit: secrets named, code and contents as fingerprints, the rest as both databases keep it."""
     if not isinstance(facts, dict):
         return _plain(facts)
-    return {str(name): _fit(str(name), value) for name, value in facts.items()}
+    return {_plain(str(name)): _fit(str(name), value) for name, value in facts.items()}
 
 
 def _fit(name: str, value: Any) -> Any:
@@ -144,7 +144,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str,
     """Only what differs, fit for the audit."""
     names = sorted((before.keys() | after.keys()) - UNREMARKABLE)
     changed = [name for name in names if before.get(name) != after.get(name)]
-    return tuple(told({name: side[name] for name in changed if name in side}) for side in (before, after))  # type: ignore[return-value]
+    was, is_now = ({name: side[name] for name in changed if name in side} for side in (before, after))
+    return told(was), told(is_now)
 
 
 # The chain
