@@ -44,13 +44,15 @@ async def background() -> None:
 
 
 async def _rounds(name: str, work: Callable[[], Awaitable[None]], *, every: float = 1) -> None:
+    """The first round comes soon after the start: the process before this one may have died at any line."""
+    await asyncio.sleep(settings.BACKGROUND_SECONDS)
     while True:
-        await asyncio.sleep(settings.BACKGROUND_SECONDS * every)
         try:
             await work()
             metrics.note("sandgate_background_last_success_timestamp_seconds", name, value=time.time())
         except Exception:
             log.exception("background_round_failed", extra={"loop": name})
+        await asyncio.sleep(settings.BACKGROUND_SECONDS * every)
 
 
 async def _reap() -> None:

@@ -8,11 +8,12 @@ from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
 
 from executions import backends, egress, ledger, metrics
-from executions.errors import BackendError
+from executions.backends.base import Backend
+from executions.errors import BackendError, SandboxLost
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
 from executions.operations import artifacts, pausing, run
@@ -22,7 +23,7 @@ E, S = ExecutionState, SandboxState
 log = logging.getLogger(__name__)
 STALE_BEATS = 3
 RETIRED_AT_ONCE = 20
-BOOT_PATIENCE = timedelta(seconds=60)
+SETTLED = timedelta(seconds=10)  # after which a provider's list is sure to name what it has made
 _retiring: set[asyncio.Task] = set()
 
 
@@ -134,14 +135,18 @@ def find_over() -> list[tuple[Sandbox, str]]:
     retiring = rows_open.filter(state=S.RETIRING).exclude(turning_until__gt=now)  # there, files are being kept
     found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in retiring[:100]]
     found += [(s, EndReason.EXPIRED) for s in rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now)[:100]]
-    used = Execution.objects.open().values("sandbox")
+    used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")  # a null would match nothing at all
     live = rows_open.filter(leased_until__gte=now).exclude(state=S.RETIRING).exclude(pk__in=used)
     found += [
         (s, EndReason.IDLE)
         for s in live.filter(kept=True, state__in=[S.LEASED, S.PAUSED])[:500]
         if not s.stays_paused and s.last_used_at + timedelta(seconds=s.idle_timeout_seconds) < now
     ]
-    abandoned = Q(kept=False, state=S.LEASED) | Q(state=S.BOOTING, created_at__lt=now - BOOT_PATIENCE)
+    unborn = Q(Exists(Attempt.objects.filter(sandbox=OuterRef("pk"), execution__ended_at__isnull=False)))
+    for alias in backends.aliases():
+        patience = timedelta(seconds=backends.get(alias).boot_seconds)
+        unborn |= Q(backend=alias, created_at__lt=now - patience)
+    abandoned = Q(kept=False, state=S.LEASED) | Q(unborn, state=S.BOOTING)
     found += [(s, EndReason.LOST) for s in live.filter(abandoned)[:100]]
     return found
 
@@ -192,14 +197,29 @@ async def kill_orphans() -> int:
                     log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": alias})
         metrics.note("sandgate_sandboxes_leaked", alias, value=left)
         for sandbox in await rows(_vanished, alias, {item.sandbox_id for item in listed}, asked_at):
-            await retire(sandbox, EndReason.LOST)
+            if sandbox.state != S.LEASED or await _is_lost(backend, sandbox):
+                await retire(sandbox, EndReason.LOST)
     return killed
 
 
 def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]:
-    """Sandboxes that wait in a pool and that their backend did not name when it was asked."""
-    waiting = Sandbox.objects.open().filter(backend=alias, pool__isnull=False, state=S.IDLE, ready_at__lt=asked_at)
+    """Sandboxes that wait, in a pool or for their session's next run, and that their backend did not name when it was asked."""
+    alive = Sandbox.objects.open().filter(backend=alias, handle__isnull=False)
+    pooled = Q(pool__isnull=False, state=S.IDLE, ready_at__lt=asked_at)
+    kept = Q(kept=True, state__in=[S.LEASED, S.PAUSED], ready_at__lt=asked_at - SETTLED)
+    used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")
+    waiting = alive.filter(pooled | kept).exclude(pk__in=used)
     return [sandbox for sandbox in waiting if sandbox.provider_name not in listed]
+
+
+async def _is_lost(backend: Backend, sandbox: Sandbox) -> bool:
+    try:
+        await backend.connect(sandbox.machine)
+    except SandboxLost:
+        return True
+    except (BackendError, OSError, TimeoutError):
+        pass
+    return False
 
 
 def _ended_among(names: list[str]) -> set[str]:

@@ -197,8 +197,7 @@ async def test_what_is_gone_is_lost(backend, verb):
 
 
 async def test_a_kill_that_hangs_is_not_confirmed(double, backend, monkeypatch):
-    monkeypatch.setattr("executions.backends.e2b.backend.ASK_SECONDS", 0.3)
-    monkeypatch.setattr(E2BBackend._told, "__kwdefaults__", {"but": 0, "seconds": 0.3})
+    monkeypatch.setattr("executions.backends.e2b.backend.KILL_SECONDS", 0.3)
     async with contract.sandbox(backend) as handle:
         double.tell(kill_hangs=1)
         with pytest.raises(BackendError) as hung:

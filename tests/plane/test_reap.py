@@ -144,3 +144,57 @@ async def test_a_machine_whose_row_is_gone_is_killed_and_a_strangers_is_not(call
 
     assert not machines()[sandbox.provider_name].alive
     assert machines()["sbx01somebodyelses"].alive
+
+
+async def test_a_boot_whose_runner_died_does_not_wait_for_the_longest_boot(caller):
+    execution = await admitted(caller)
+    await running.backends.get("first").create(spec_of(execution.sandbox))
+    await its_runner_dies(execution)
+
+    await operations.reap()
+
+    assert not machines()[execution.sandbox.provider_name].alive
+    assert (await Sandbox.objects.aget()).state == SandboxState.GONE
+
+
+async def test_a_session_that_its_backend_has_lost_is_closed(caller, monkeypatch):
+    lost = await operations.open_session(caller=caller, request=SessionRequest())
+    paused = await operations.open_session(caller=caller, request=SessionRequest())
+    live = await operations.open_session(caller=caller, request=SessionRequest())
+    await operations.pause_session(caller=caller, session_id=paused.pk)
+    await Sandbox.objects.aupdate(ready_at=timezone.now() - timedelta(minutes=1))
+    for session in (lost, paused):
+        machines()[session.provider_name].end("vanished")
+
+    await operations.reap()
+
+    ends = {s.pk: (s.state, s.end_reason) async for s in Sandbox.objects.all()}
+    assert ends == {
+        lost.pk: (SandboxState.GONE, "lost"),
+        paused.pk: (SandboxState.GONE, "lost"),
+        live.pk: (SandboxState.LEASED, ""),
+    }
+
+
+async def test_a_session_that_is_not_listed_but_answers_is_left_alone(caller, monkeypatch):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    await Sandbox.objects.aupdate(ready_at=timezone.now() - timedelta(minutes=1))
+
+    async def nothing(self):
+        return []
+
+    monkeypatch.setattr(scripted.ScriptedBackend, "list", nothing)
+    await operations.reap()
+
+    assert (await Sandbox.objects.aget(pk=session.pk)).state == SandboxState.LEASED
+
+
+async def test_an_execution_that_still_waits_for_a_sandbox_does_not_hide_those_that_are_over(caller):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    waits = await admitted(caller)
+    await Execution.objects.filter(pk=waits.pk).aupdate(sandbox=None)
+    await Sandbox.objects.filter(pk=session.pk).aupdate(last_used_at=timezone.now() - timedelta(hours=1))
+
+    await operations.reap()
+
+    assert (await Sandbox.objects.aget(pk=session.pk)).end_reason == "idle"

@@ -33,9 +33,11 @@ OURS = {"managed_by": "sandgate"}  # metadata of every sandbox that is made here
 OUR_ID = "sandgate_sandbox"
 EVERYTHING = "0.0.0.0/0"
 INTERPRETER, ENVD = 49999, 49983
-CREATE_SECONDS = 30  # as long as the API answers others
+CREATE_SECONDS = 20  # as long as the API answers others
 QUIET_SECONDS = 2.0  # after which a create wonders whether it does
+LOOK_SECONDS = 5  # for a sandbox whose create was not answered
 CHECK_SECONDS = 5
+KILL_SECONDS = 4  # what is not confirmed by then is asked for again
 TURN_SECONDS = 60  # E2B takes about 4 s to pause each GiB of memory
 SANDBOXES_HELD = 256
 TYPES = {"dir": "directory", "file": "file", "symlink": "symlink"}
@@ -66,6 +68,7 @@ class E2BBackend(Backend):
         samples=True,
     )
     isolation = "microvm"
+    boot_seconds = CREATE_SECONDS + LOOK_SECONDS
     slow_seconds = 1.5  # of 100 creates 99 have answered after half of it
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
@@ -126,9 +129,10 @@ class E2BBackend(Backend):
                 return self._handle(spec.sandbox_id, answer.parsed)
             refused = self._no_sandbox(answer)
         if refused.facts.get("perhaps") and not refused.facts.pop("silent", False):
-            with suppress(BackendError):
-                if handle := await self._adopt(spec):
-                    return handle
+            with suppress(BackendError, TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    if handle := await self._adopt(spec):
+                        return handle
         raise refused
 
     async def _patiently(self, call: str, **fields: Any) -> Answer:
@@ -211,7 +215,9 @@ class E2BBackend(Backend):
         await self._told("post_v_2_sandboxes_sandbox_id_connect", handle, seconds=TURN_SECONDS, body=body)
 
     async def kill(self, handle: Handle) -> bool:
-        await self._told("delete_sandboxes_sandbox_id", handle, but=404)  # 404: it was gone before
+        await self._told(
+            "delete_sandboxes_sandbox_id", handle, but=404, seconds=KILL_SECONDS
+        )  # 404: it was gone before
         self._sandboxes.pop(handle["e2b_id"], None)
         return True
 

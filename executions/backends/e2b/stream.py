@@ -22,6 +22,7 @@ from executions.errors import (
 )
 
 LINE_LIMIT_BYTES = 96 << 20
+NEVER_FORWARDED = "no healthy upstream"  # Envoy's words where it had nobody to send a request to
 QUIET_SECONDS = 15  # E2B says something every five: after so long somebody asks whether it is still there
 Alive = Callable[[], Awaitable[None]]
 
@@ -104,4 +105,6 @@ def refusal(status: int, text: str) -> BackendError:
             return ContextUnknown(text[:300])
         case 502 if "was not found" in text:
             return SandboxMissing()
+        case 503 if NEVER_FORWARDED in text:
+            return BackendUnavailable(f"E2B answered 503: {text[:300]}", nothing_sent=True)
     return BackendError(f"E2B answered {status}: {text[:300]}")

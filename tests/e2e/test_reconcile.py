@@ -1,0 +1,21 @@
+"""However the product dies, and whatever its E2B gets wrong, both sides soon name the same sandboxes, and no bill is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import servers
+from tests.bench.reconcile import SIZE, WITHIN_SECONDS, rounds
+from tests.double import running_double
+
+
+@pytest.mark.product
+def test_the_doubles_list_and_ours_agree_after_every_kill(template_python):
+    with running_double("--template", SIZE) as double, servers.folder() as data:
+        told = rounds(3, double, data, template_python)
+
+    here, there = told.billed
+    assert len(told.seconds) == 3
+    assert max(told.seconds) <= WITHIN_SECONDS
+    assert told.found
+    assert here >= there > 0
