@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from executions import backends, breaker, capacity, demand, ledger, pool, routes
 from executions.backends.base import Backend, Handle
-from executions.errors import BackendError, BackendUnavailable, Refused, Unsupported
+from executions.errors import BackendError, BackendUnavailable, Refused, SandboxLost
 from executions.hop import rows
 from executions.models import Claim, IllegalTransition, Pool, Sandbox
 from executions.operations.boot import boot, never_was
@@ -249,14 +249,25 @@ def taken(sandbox: Sandbox, using: asyncio.Task) -> None:
 async def fit(sandbox: Sandbox, *, after_seconds: float = FIT_AFTER_SECONDS) -> None:
     """Have the provider end a claimed sandbox when its lease does: until then the pool still reserves the difference."""
     await asyncio.sleep(after_seconds)
-    left = max(1, int((sandbox.leased_until - timezone.now()).total_seconds()))
     try:
-        await backends.get(sandbox.backend).set_timeout(sandbox.machine, left)
-    except Unsupported:
-        return
+        await _fit(sandbox)
     except (BackendError, OSError, TimeoutError) as e:
         log.warning("lease_not_fitted", extra={"sandbox_id": sandbox.pk, "error": str(e)})
-        return
+
+
+async def fit_session(sandbox: Sandbox) -> None:
+    """The same for a session, before it is handed out. BackendUnavailable where there is none any more: nothing has run."""
+    soon()
+    try:
+        await _fit(sandbox)
+    except (BackendError, OSError, TimeoutError) as e:
+        gone = isinstance(e, SandboxLost)
+        raise BackendUnavailable(f"A sandbox of the pool could not be had: {e}", perhaps=not gone) from None
+
+
+async def _fit(sandbox: Sandbox) -> None:
+    left = max(1, int((sandbox.leased_until - timezone.now()).total_seconds())) + sandbox.grace_seconds
+    await backends.get(sandbox.backend).set_timeout(sandbox.machine, left)
     await rows(settle_claims, Claim.objects.filter(pk=sandbox.pk))
 
 
@@ -271,4 +282,4 @@ def settle_claims(which: QuerySet[Claim] | None = None) -> None:
         ledger.bill_claims(list(ending.select_for_update(of=("self",), skip_locked=True)[:SETTLED_AT_ONCE]))
 
 
-__all__ = ["fit", "replenish", "settle_claims", "settled", "soon", "taken"]
+__all__ = ["fit", "fit_session", "replenish", "settle_claims", "settled", "soon", "taken"]

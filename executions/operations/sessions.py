@@ -29,7 +29,7 @@ from executions.errors import (
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution, Sandbox
-from executions.operations import artifacts, pausing, reap, run
+from executions.operations import artifacts, pausing, reap, replenish, run
 from executions.operations.boot import boot, never_was
 from executions.operations.submit import (
     TwinAdmitted,
@@ -95,7 +95,7 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
     kept = agent.keep_files if request.keep_files is None else request.keep_files
     pause_after = agent.pause_after_seconds if request.pause_after_seconds is None else request.pause_after_seconds
     pause_after = settings.SESSION_PAUSE_AFTER_SECONDS if pause_after is None else pause_after
-    sandbox = pool.intend(
+    sandbox = pool.claim(
         caller,
         alias=alias,
         template=find_template(agent, request.template),
@@ -116,11 +116,15 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
 async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiting: list[str]) -> Sandbox:
     while True:
         try:
-            handle = await boot(sandbox)
-            await rows(_ready, sandbox, handle)
+            if sandbox.made_of:
+                await replenish.fit_session(sandbox)
+            else:
+                await rows(_ready, sandbox, await boot(sandbox))
             return sandbox
         except BackendUnavailable as e:
             log.info("backend_unavailable", extra={"sandbox_id": sandbox.pk, "backend": sandbox.backend})
+            if sandbox.made_of:  # its pool had lost it without knowing: the backend is asked for a fresh one
+                waiting.insert(0, sandbox.backend)
             sandbox = await rows(_fall_back, caller, request, sandbox, e, waiting)
 
 

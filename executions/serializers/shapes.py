@@ -120,6 +120,7 @@ class SessionShape(BaseModel):
     template: str
     backend: str
     isolation: str
+    from_pool: bool = Field(False, description="It had been booted before it was asked for.")
     network: list[str]
     end_at: datetime
     idle_timeout_seconds: int
@@ -342,6 +343,7 @@ def session_shape(sandbox: Sandbox) -> SessionShape:
         template=sandbox.template.name,
         backend=sandbox.backend,
         isolation=sandbox.isolation,
+        from_pool=bool(sandbox.made_of),
         network=sandbox.network_allow,
         end_at=sandbox.leased_until,
         idle_timeout_seconds=sandbox.idle_timeout_seconds,

@@ -104,7 +104,9 @@ async def arrivals(port: int, key: str, seconds: float) -> tuple[Figures, float]
         status, body = await one(*pair, raw)
         taken.append(time.perf_counter() - began)
         idle.append(pair)
-        failed += status != 201
+        if status != 201:
+            failed += 1
+            print(status, body.decode()[:500], file=sys.stderr)
         hits += json.loads(body).get("from_pool", False)
 
     async with asyncio.TaskGroup() as group:

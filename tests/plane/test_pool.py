@@ -19,6 +19,7 @@ from executions.models import Claim, Execution, LedgerEntry, Pool, Quota, Rate, 
 from executions.operations import replenish
 from executions.operations import run as running
 from executions.operations.boot import boot
+from executions.serializers import SessionRequest
 from executions.states import EndReason, ExecutionState, PoolTarget, SandboxState, Unit, Window
 from tests.plane.conftest import asks
 
@@ -470,6 +471,44 @@ async def test_what_a_provider_does_not_list_any_more_is_let_go_of(caller, seede
     await first.arefresh_from_db()
     assert (first.state, first.end_reason) == (S.GONE, EndReason.LOST)
     assert await Sandbox.objects.filter(state=S.IDLE).acount() == 2
+
+
+# Sessions
+
+
+async def test_a_session_takes_a_warm_sandbox_which_then_lives_as_long_as_it(caller, seeded, priced):
+    found = await a_pool(seeded, 1)
+    account = await rows(pool.account, found)
+    budget = await Quota.objects.acreate(agent=account.agent, unit=Unit.NANO_USD, limit=10**15)
+    await filled()
+    (warm,) = [s async for s in Sandbox.objects.all()]
+
+    session = await operations.open_session(caller=caller, request=SessionRequest(timeout_seconds=3000))
+
+    assert (session.pk, session.state, session.kept) == (warm.pk, S.LEASED, True)
+    machine = machines()[session.provider_name]
+    left = (session.leased_until - timezone.now()).total_seconds() + session.grace_seconds
+    assert machine.ends - time.monotonic() == pytest.approx(left, abs=2)
+    assert session.reserved_nano_usd >= 3000 * NANO
+    await Pool.objects.aupdate(is_enabled=False)
+    await filled()
+    await budget.arefresh_from_db()
+    assert budget.reserved == 0 < budget.used
+
+
+async def test_a_session_whose_warm_sandbox_had_vanished_gets_a_fresh_one(caller, seeded):
+    await a_pool(seeded, 1)
+    await filled()
+    gone = await Sandbox.objects.aget()
+    machines()[gone.provider_name].end("the provider lost it")
+
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+    await filled()
+
+    assert (session.backend, session.state) == ("first", S.LEASED)
+    assert machines()[session.provider_name].alive
+    await gone.arefresh_from_db()
+    assert (gone.state, gone.end_reason) == (S.GONE, EndReason.LOST)
 
 
 # How many
