@@ -84,7 +84,8 @@ def wish(agent: Agent) -> None:
     sleeping = sleeping.filter(**named)
     if agent.route:
         sleeping = sleeping.filter(backend__in=agent.route)
-    sleeping.update(wished_at=now)
+    if ids := list(sleeping.values_list("pk", flat=True)):  # most often none sleeps, and nothing is written
+        Pool.objects.filter(pk__in=ids).update(wished_at=now)
 
 
 # What became of them

@@ -13,7 +13,7 @@ from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 
-from executions import backends, quotas
+from executions import backends, demand, quotas
 from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
@@ -40,6 +40,8 @@ FRAME_POLICY = (
 def sessions(request: MemberRequest) -> HttpResponse:
     caller = request.caller
     found = Sandbox.objects.sessions().filter(team=caller.team).select_related("agent__person", "template")
+    if caller.agent is not None:
+        demand.wish(caller.agent)  # whoever looks here may run something soon
     return page(
         request,
         "console/sessions.html",

@@ -24,7 +24,7 @@ from mcp_types import (
     ToolAnnotations,
 )
 
-from executions import operations
+from executions import demand, operations
 from executions.errors import SandgateError
 from executions.hop import rows
 from executions.keys import Caller
@@ -52,6 +52,7 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
         caller = await caller_in(context)
         assert caller.agent is not None
         offer = await rows(operations.offer, caller)
+        await rows(demand.wish, caller.agent)  # who lists tools is about to call one
         said = tools.words(offer)
         return ListToolsResult(
             tools=[
