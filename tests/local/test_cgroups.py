@@ -17,6 +17,8 @@ from executions.backends.local.node import cgroups
 from tests.local.attack import run, sandbox, value
 from tests.node import ask
 
+NOBODY = 65534
+
 
 def test_only_empty_groups_of_dead_nodes_are_swept_away(tmp_path):
     dead, alive, used = (f"sandgate-{secrets.token_hex(6)}" for _ in range(3))
@@ -137,6 +139,80 @@ def test_limits_are_written_on_version_2_where_it_has_the_controllers(group):
 
     assert (group.folders["memory"] / "memory.max").read_text().strip() == str(64 << 20)
     assert both.cpu_us() >= 0
+
+
+@pytest.fixture
+def dividable(group) -> Iterator[tuple[Path, str]]:
+    """A group of version 2 with a controller that divides memory or pages, whichever this machine has left for it."""
+    folder = group.folders["memory"]
+    control = folder.parent / "cgroup.subtree_control"
+    has = (folder.parent / "cgroup.controllers").read_text().split()
+    controller = next((name for name in ("memory", "hugetlb", "io") if name in has), None)
+    if controller is None:
+        pytest.skip("control groups of version 2 have no controller on this machine to be divided")
+    before = controller in control.read_text().split()
+    control.write_text(f"+{controller}")
+    yield folder, controller
+    (folder / "cgroup.kill").write_text("1")
+    assert emptied(folder)
+    for child in (path for path in folder.iterdir() if path.is_dir()):
+        child.rmdir()
+    if not before:
+        (folder / "cgroup.subtree_control").write_text(f"-{controller}")
+        control.write_text(f"-{controller}")
+
+
+def test_processes_of_a_group_step_aside_before_it_is_divided(group, dividable):
+    folder, controller = dividable
+    inside = subprocess.Popen(["sleep", "600"], preexec_fn=lambda: group.add(os.getpid()))
+    with pytest.raises(OSError, match="busy"):
+        (folder / "cgroup.subtree_control").write_text(f"+{controller}")
+
+    cgroups.divide(folder, (controller,))
+
+    assert (folder / cgroups.ASIDE / "cgroup.procs").read_text().split() == [str(inside.pid)]
+    (folder / "sandbox").mkdir()
+    assert controller in (folder / "sandbox" / "cgroup.controllers").read_text().split()
+    inside.kill()
+    inside.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a group to a user, as systemd does, needs root")
+def test_a_user_divides_the_group_that_was_given_to_him_and_finds_it_again(group, dividable):
+    folder, controller = dividable
+    for name in ("", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
+        os.chown(folder / name, NOBODY, NOBODY)
+
+    def as_its_user() -> bool:
+        mount = str(folder.parent)
+        given = cgroups.delegated(mount, (controller,))
+        cgroups.divide(Path(given), (controller,))
+        (Path(given) / "sandbox").mkdir()
+        (Path(given) / "sandbox" / "cgroup.procs").write_text(str(os.getppid()))  # one that stepped aside, as a zygote
+        return given == str(folder) == cgroups.delegated(mount, (controller,))
+
+    ready, go = os.pipe()
+    outer = os.fork()
+    if outer == 0:
+        try:
+            group.add(os.getpid())
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            if (inner := os.fork()) == 0:
+                os._exit(0 if as_its_user() else 1)
+            os.write(go, str(os.waitpid(inner, 0)[1]).encode())
+            time.sleep(600)
+        finally:
+            os._exit(70)
+    os.close(go)
+    status = os.read(ready, 10)
+    sandboxed = folder / "sandbox" / "cgroup.procs"
+    inside = sandboxed.read_text().split() if sandboxed.exists() else []
+    os.kill(outer, 9)
+    os.waitpid(outer, 0)
+    os.close(ready)
+
+    assert (status, inside) == (b"0", [str(outer)])
 
 
 def test_only_a_group_with_all_controllers_counts_as_given_to_a_user():

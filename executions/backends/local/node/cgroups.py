@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+V2_CONTROLLERS = ("memory", "pids", "cpu")
+ASIDE = "sandgate.aside"  # the group of those who stepped aside
+ROUNDS = 10  # for who forks while the processes of a group step aside
 PERIOD_US = 100_000
 PEAKS = ("memory.max_usage_in_bytes", "memory.peak")  # of version 1 and 2
 
@@ -119,7 +122,7 @@ class Tree:
         self.version = 2 if (base / "cgroup.controllers").exists() else 1
         if self.version == 2:
             self.parents = {"": base / f"sandgate-{name}"}
-            self._delegate(base)
+            divide(base)
         else:
             self.parents = {c: base / c / f"sandgate-{name}" for c in V1_CONTROLLERS}
         self._claim = _claimed(name)
@@ -130,21 +133,7 @@ class Tree:
         for parent in self.parents.values():
             parent.mkdir(exist_ok=True)
             if self.version == 2:
-                (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
-
-    def _delegate(self, base: Path) -> None:
-        """Let children of the top have controllers; in a container its own processes must step aside first."""
-        control = base / "cgroup.subtree_control"
-        try:
-            control.write_text("+memory +pids +cpu")
-        except OSError as problem:
-            if problem.errno != errno.EBUSY:
-                raise
-            aside = base / "init"
-            aside.mkdir(exist_ok=True)
-            for pid in (base / "cgroup.procs").read_text().split():
-                (aside / "cgroup.procs").write_text(pid)
-            control.write_text("+memory +pids +cpu")
+                divide(parent)
 
     def _group(self, name: str) -> Group:
         if self.version == 2:
@@ -188,14 +177,35 @@ class Tree:
                 parent.rmdir()
 
 
-def delegated() -> str:
+def divide(base: Path, controllers: tuple[str, ...] = V2_CONTROLLERS) -> None:
+    """Let children of this group of version 2 have controllers. OSError where that is not possible.
+
+    A group that divides what it has holds no processes, the machine's root aside: those in it step into a child first.
+    """
+    for _ in range(ROUNDS):
+        try:
+            (base / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
+            return
+        except OSError as problem:
+            if problem.errno != errno.EBUSY:
+                raise
+        aside = base / ASIDE
+        aside.mkdir(exist_ok=True)
+        for pid in (base / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                (aside / "cgroup.procs").write_text(pid)
+    raise OSError(errno.EBUSY, f"new processes come into {base} again and again")
+
+
+def delegated(mount: str = "/sys/fs/cgroup", controllers: tuple[str, ...] = V2_CONTROLLERS) -> str:
     """The folder of this process's own group in version 2 where its user may divide it (systemd's Delegate=yes), else ""."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next((line[3:] for line in lines if line.startswith("0::")), "")
-        folder = f"/sys/fs/cgroup{own}"
+        folder = f"{mount}{own.removesuffix(f'/{ASIDE}')}"  # where an earlier node has put us
         has = Path(folder, "cgroup.controllers").read_text().split()
-        if {"memory", "pids", "cpu"} <= set(has) and os.access(f"{folder}/cgroup.subtree_control", os.W_OK):
+        writable = (f"{folder}/{name}" for name in ("", "cgroup.procs", "cgroup.subtree_control"))
+        if set(controllers) <= set(has) and all(os.access(path, os.W_OK) for path in writable):
             return folder
     return ""
 
