@@ -22,7 +22,7 @@ from executions.states import BreakerState
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 FAILURES = 5
-WAITS = (1, 2, 4, 5)  # seconds before the first, second, … probe
+WAITS = (1, 2, 3)  # seconds before the first, second, … probe
 RETRY_AFTER_MOST = 600  # seconds: whoever asks for more is asked again by then
 SEEN_SECONDS = 0.25
 LEASE = timedelta(seconds=10)  # of a probe, which ends itself before

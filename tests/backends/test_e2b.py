@@ -14,7 +14,7 @@ import pytest
 
 from executions.backends.base import SandboxSpec
 from executions.backends.e2b import E2BBackend
-from executions.backends.e2b.stream import lines
+from executions.backends.e2b.stream import lines, refusal
 from executions.errors import BackendError, BackendUnavailable, ContextUnknown, SandboxLost, SandboxRefused, Unsupported
 from tests import servers
 from tests.backends.contract import BackendContract
@@ -147,6 +147,14 @@ async def test_a_refused_cell_says_why(status, error):
         with pytest.raises(error):
             async for _ in backend.run_code(HANDLE, "1"):
                 pass
+
+
+def test_what_the_edge_had_nobody_to_forward_to_was_surely_not_run():
+    never, perhaps = refusal(503, "no healthy upstream"), refusal(503, "upstream connect error or disconnect")
+
+    assert isinstance(never, BackendUnavailable)
+    assert never.facts["nothing_sent"]
+    assert type(perhaps) is BackendError
 
 
 async def test_nothing_is_taken_from_the_environment(product, monkeypatch):

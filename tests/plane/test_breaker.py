@@ -347,7 +347,7 @@ async def test_while_the_list_alone_is_refused_no_sandbox_is_tried(caller, behav
     assert not await Sandbox.objects.aexists()
 
 
-async def test_probes_that_fail_come_less_often_but_within_five_seconds(caller, failing):
+async def test_probes_that_fail_come_less_often_but_within_three_seconds(caller, failing):
     failing(BackendUnavailable("still out"))
     await rows(opened)
     waits = []
@@ -357,7 +357,7 @@ async def test_probes_that_fail_come_less_often_but_within_five_seconds(caller, 
         row = await rows(known)
         waits.append(round((row.retry_at - row.changed_at).total_seconds()))
 
-    assert waits == [2, 4, 5, 5, 5, 5]
+    assert waits == [2, 3, 3, 3, 3, 3]
     assert not await Sandbox.objects.open().aexists()
 
 
