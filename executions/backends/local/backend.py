@@ -206,7 +206,7 @@ class LocalBackend(Backend):
         body = json.dumps(
             {"code": code, "env_vars": env, "context_id": context_id, "language": None if context_id else language, "run": run}
         ).encode()  # fmt: skip
-        meter, deadline = Meter(self.run_dir, handle["sandbox_id"]), Deadline(timeout_seconds)
+        meter, deadline = self._meter(handle), Deadline(timeout_seconds)
         ended = False
         try:
             try:
@@ -248,6 +248,10 @@ class LocalBackend(Backend):
             if not ended and await self._stop(handle, context_id or language, run):
                 raise ContextRestarted(LOST)
 
+    def _meter(self, handle: Handle) -> Meter:
+        """What measures a run from outside; a runtime without such gives one that knows nothing."""
+        return Meter(self.run_dir, handle["sandbox_id"])
+
     async def _explain(self, handle: Handle) -> None:
         """Raise SandboxLost in its most exact form, where the node knows why the sandbox has ended."""
         with suppress(BackendUnavailable):
@@ -280,7 +284,7 @@ class LocalBackend(Backend):
         timeout_seconds: float = 60,
         cpu_seconds: float = 0,
     ) -> AsyncIterator[Event]:
-        meter = Meter(self.run_dir, handle["sandbox_id"])
+        meter = self._meter(handle)
         process = {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": env or {}, "cwd": cwd}
         message = json.dumps({"process": process, "stdin": False}).encode()
         headers = _authorized(handle) | {
