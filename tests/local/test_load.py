@@ -18,9 +18,10 @@ import pytest
 from executions.backends.base import SandboxSpec
 from executions.backends.local import LocalBackend
 from executions.errors import BackendError
+from tests import servers
 from tests.bench.soak import growth, soak
 from tests.local.attack import ended, host_pids, run, sandbox, started, value
-from tests.node import running_node
+from tests.node import running_node, wait_ready
 from tests.product import HOME
 
 CLIENT = """
@@ -74,6 +75,21 @@ async def test_another_process_goes_on_with_a_sandbox_by_its_handle(node):
 
         other = LocalBackend("local", {"RUN_DIR": str(node.run_dir)})
         assert await value(other, handle, "x + 1") == 42
+
+
+async def test_a_client_finds_a_node_that_was_started_again(template_python):
+    with running_node(template_python) as node:
+        assert await node.backend.list() == []
+        node.process.terminate()
+        node.process.wait()
+
+        again = subprocess.Popen(node.process.args, stdin=subprocess.DEVNULL, preexec_fn=servers.die_with_parent)
+        try:
+            wait_ready(again, node.run_dir)
+            assert await node.backend.list() == []
+        finally:
+            again.terminate()
+            again.wait(10)
 
 
 async def test_sigterm_drains_nobody_gets_a_new_sandbox_and_all_end_within_seconds(template_python):

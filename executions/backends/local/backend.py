@@ -113,7 +113,7 @@ class LocalBackend(Backend):
         try:
             return await link.ask(op, **request)
         finally:
-            link.close()
+            link.release()
 
     # life
 

@@ -232,14 +232,17 @@ class Node:
         return await self.set_timeout(request)
 
     async def begin(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Meter a run from now on, until the client hangs up."""
+        """Meter a run from now on, until the client has asked what it used, or hangs up."""
         sandbox = self._known(request)
         request["client"].runs.append(sandbox.begin_run())
         return {}
 
     async def used(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._known(request)
-        return request["client"].runs[-1].used()
+        sandbox, run = self._known(request), request["client"].runs[-1]
+        used = run.used()
+        request["client"].runs.remove(run)
+        sandbox.end_run(run)
+        return used
 
     async def why(self, request: dict[str, Any]) -> dict[str, Any]:
         self._known(request)
