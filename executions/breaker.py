@@ -164,6 +164,7 @@ def answered(alias: str, token: str, why: str, *, retry_after: float = 0) -> Non
     if not why:
         _close(mine, alias)
     elif (row := mine.first()) is not None:
+        log.info("probe_failed", extra={"backend": alias, "reason": why[:200]})
         wait = max(WAITS[min(row.tries + 1, len(WAITS) - 1)], min(retry_after, RETRY_AFTER_MOST))
         mine.update(
             state=OPEN, tries=F("tries") + 1, reason=why[:200], probe_by="", changed_at=now,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from functools import partial
 
 from django.db import transaction
@@ -19,7 +18,7 @@ from executions.operations.boot import make, never_was
 from executions.operations.reap import retire
 from executions.states import EndReason, SandboxState
 
-CHECK_SECONDS, BOOT_SECONDS, KILL_SECONDS = 2, 5, 2  # together within the lease of a probe
+CHECK_SECONDS, BOOT_SECONDS = 2, 6  # together within the lease of a probe
 LIFETIME_SECONDS = 30
 _probing: dict[str, asyncio.Task] = {}
 log = logging.getLogger(__name__)
@@ -49,16 +48,22 @@ async def probe(alias: str) -> None:
     if not token:
         return
     why, wait = "the probe broke", 0.0
+    made: list[tuple[Sandbox, Handle | None]] = []
     try:
-        why, wait = await _tried(alias)
+        why, wait = await _tried(alias, made)
     except Exception:
         log.exception("probe_broke", extra={"backend": alias})
     finally:
         await rows(breaker.answered, alias, token, why, retry_after=wait)
+    for sandbox, handle in made:
+        await _end(sandbox, handle)
 
 
-async def _tried(alias: str) -> tuple[str, float]:
-    """Why there are no sandboxes yet, empty where there are; and the seconds for which the provider asks."""
+async def _tried(alias: str, made: list[tuple[Sandbox, Handle | None]]) -> tuple[str, float]:
+    """Why there are no sandboxes yet, empty where there are, and the seconds for which the provider asks.
+
+    `made` gets what has to be ended, once the others have been told.
+    """
     if drilled := breaker.drilled(alias):
         return drilled, 0
     try:
@@ -75,23 +80,21 @@ async def _tried(alias: str) -> tuple[str, float]:
         return "", 0
     try:
         async with asyncio.timeout(BOOT_SECONDS):
-            handle = await make(sandbox)
+            made.append((sandbox, await make(sandbox)))
     except TimeoutError:
-        await _end(sandbox)
+        made.append((sandbox, None))
         return f"no sandbox within {BOOT_SECONDS} s", 0
     except BackendUnavailable as e:
         await rows(_never_was, sandbox, e)
         return e.detail, float(e.facts.get("retry_after") or 0)
-    await rows(_ready, sandbox, handle)
-    await _end(sandbox)
     return "", 0
 
 
-async def _end(sandbox: Sandbox) -> None:
-    """Kill it; what is not confirmed in time stays RETIRING for `reap`."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(KILL_SECONDS):
-            await retire(sandbox, EndReason.FINISHED)
+async def _end(sandbox: Sandbox, handle: Handle | None) -> None:
+    """Kill it; what is not confirmed stays RETIRING for `reap`."""
+    if handle is not None:
+        await rows(_ready, sandbox, handle)
+    await retire(sandbox, EndReason.FINISHED)
 
 
 @transaction.atomic(durable=True)
