@@ -106,7 +106,8 @@ async def arrivals(port: int, key: str, seconds: float) -> tuple[Figures, float]
         idle.append(pair)
         if status != 201:
             failed += 1
-            print(status, body.decode()[:500], file=sys.stderr)
+            if failed == 1:
+                print(status, body.decode()[:500], file=sys.stderr)
         hits += json.loads(body).get("from_pool", False)
 
     async with asyncio.TaskGroup() as group:
