@@ -24,7 +24,7 @@ test-postgresql: tools
 
 test-e2b: tools
 	@[ -n "$(E2B_API_KEY)" ] || { echo "This needs a key of E2B's: E2B_API_KEY=e2b_… make test-e2b"; exit 2; }
-	SANDGATE_TEST_E2B_KEY=$(E2B_API_KEY) SANDGATE_TEST_E2B_DOMAIN=$(E2B_DOMAIN) $(PY) -m pytest tests/backends/test_e2b.py -k Cloud $(ARGS)
+	@SANDGATE_TEST_E2B_KEY=$(E2B_API_KEY) SANDGATE_TEST_E2B_DOMAIN=$(E2B_DOMAIN) $(PY) -m pytest tests/backends/test_e2b.py -k Cloud $(ARGS)
 
 lint: tools
 	$(PY) -m ruff check

@@ -93,7 +93,10 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         raise capacity.Full(why)
     now = timezone.now()
     memory_mib = fields.pop("memory_mib", template.memory_mib)
-    price = costs.price(alias, cpu_count=template.cpu_count, memory_mib=memory_mib, at=now)
+    backend = backends.get(alias)
+    its_name = backend.template_name(template.name, template.e2b_template)
+    cpu_count, billed_mib = backend.billed_size(its_name, template.cpu_count, memory_mib)
+    price = costs.price(alias, cpu_count=cpu_count, memory_mib=billed_mib, at=now)
     rate = price.nano_usd_per_second
     seconds, fits = _worst(seconds, rate, fields)
     budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
@@ -105,7 +108,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         actor=caller.person,
         template=template,
         backend=alias,
-        isolation=backends.get(alias).isolation,
+        isolation=backend.isolation,
         cpu_count=template.cpu_count,
         memory_mib=memory_mib,
         rate_nano_usd_per_second=rate,

@@ -190,6 +190,10 @@ class Backend:
                 return f"gives at most {most} {name}, not the {asked[name]}"
         return ""
 
+    def billed_size(self, template: str, cpu_count: int, memory_mib: int) -> tuple[int, int]:
+        """vCPUs and MiB that the provider charges for, where a sandbox of this size was asked for; `template` is its name there."""
+        return cpu_count, memory_mib
+
     def template_name(self, name: str, mapped: str) -> str:
         """This backend's name for a template: `name` is ours, `mapped` the provider's id ("" where not set)."""
         return name

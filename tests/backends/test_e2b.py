@@ -193,6 +193,14 @@ async def alive() -> None:
     """The sandbox is there."""
 
 
+def test_what_e2b_charges_for_is_its_templates_size():
+    plain, own = E2BBackend("a", {}), E2BBackend("b", {"SIZES": {"mine": [8, 8192]}})
+
+    assert plain.billed_size("code-interpreter-v1", 1, 1024) == (2, 512)
+    assert plain.billed_size("mine", 4, 4096) == (4, 4096)
+    assert own.billed_size("mine", 4, 4096) == (8, 8192)
+
+
 class Said:
     """A response whose body is these pieces."""
 

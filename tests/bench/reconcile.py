@@ -40,7 +40,6 @@ FAULTS = {
 WITHIN_SECONDS = 30
 FINE = {"leased, kept", "paused, kept", "retiring, kept, files are being kept"}
 CLIENTS = 12
-SIZE = "code-interpreter-v1=1x1024"  # what the default template is here, so that both bills are of the same size
 KEEPING = (
     "turning_until > strftime('%Y-%m-%d %H:%M:%f', 'now')"  # somebody is taking its files out, for a minute at most
 )
@@ -164,7 +163,7 @@ def _no_ceilings(data: Path) -> None:
 def main() -> None:
     count = int(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("RECONCILE_ROUNDS", "200"))
     named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
-    with running_double("--template", SIZE) as double, servers.folder() as data:
+    with running_double() as double, servers.folder() as data:
         told = rounds(count, double, data, Path(named) if named else None)
     taken = sorted(told.seconds)
     print(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests import servers
-from tests.bench.reconcile import SIZE, WITHIN_SECONDS, rounds
+from tests.bench.reconcile import WITHIN_SECONDS, rounds
 from tests.double import running_double
 
 
 @pytest.mark.product
 def test_the_doubles_list_and_ours_agree_after_every_kill(template_python):
-    with running_double("--template", SIZE) as double, servers.folder() as data:
+    with running_double() as double, servers.folder() as data:
         told = rounds(3, double, data, template_python)
 
     here, there = told.billed

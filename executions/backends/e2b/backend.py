@@ -29,6 +29,7 @@ from executions.network import PORTS, Rules
 from executions.states import LANGUAGES
 
 TEMPLATE = "code-interpreter-v1"  # where ours is "default" and names no other
+STANDARD_SIZES = {"base": (2, 512), TEMPLATE: (2, 512)}  # vCPU, MiB: e2b.dev/docs/faq/calculate-sandbox-price
 OURS = {"managed_by": "sandgate"}  # metadata of every sandbox that is made here
 OUR_ID = "sandgate_sandbox"
 EVERYTHING = "0.0.0.0/0"
@@ -52,7 +53,7 @@ def _network(allow: Sequence[str]) -> dict[str, Any]:
 
 class E2BBackend(Backend):
     """OPTIONS: API_KEY; DOMAIN, API_URL, SANDBOX_URL (empty: E2B's cloud); LANGUAGES and ISOLATION where they differ from
-    E2B's own. The sizes of a sandbox are those of its template; `limits` cannot change them."""
+    E2B's own; SIZES of its templates, {id: [vCPU, MiB]}. A sandbox has the size of its template: `limits` cannot change it."""
 
     capabilities = Capabilities(
         executes=True,
@@ -85,6 +86,12 @@ class E2BBackend(Backend):
 
     def template_name(self, name: str, mapped: str) -> str:
         return mapped or (TEMPLATE if name == "default" else name)
+
+    def billed_size(self, template: str, cpu_count: int, memory_mib: int) -> tuple[int, int]:
+        """E2B charges what its template has: OPTIONS["SIZES"], its own two as published, else what ours says it has."""
+        sizes = STANDARD_SIZES | self.options.get("SIZES", {})
+        cpu_count, memory_mib = sizes.get(template, (cpu_count, memory_mib))
+        return cpu_count, memory_mib
 
     def network_refusal(self, allow: Sequence[str]) -> str:
         """E2B looks at the names in HTTP (port 80) and TLS (port 443); it cannot hold an address to a port."""
