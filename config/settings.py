@@ -182,6 +182,8 @@ MCP_ANSWER_SECONDS = 45.0  # a tool call has answered by then: clients give up a
 MCP_PROGRESS_SECONDS = 2.0  # between two words about progress, where the client asked for them
 HEARTBEAT_SECONDS = 5  # a runner that has not been heard of for three of these is dead
 BACKGROUND_SECONDS = 2.0  # how often the background loop looks
+QUEUE_SECONDS = env.int("SANDGATE_QUEUE_SECONDS", default=60)  # for which a request waits when a backend's plan is full
+QUEUE_LENGTH = env.int("SANDGATE_QUEUE_LENGTH", default=1000)  # requests that may wait at a time
 RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND", default=100_000)
 DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
 

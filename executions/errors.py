@@ -13,6 +13,8 @@ SandgateError
 │   │   └── KeyReused           422
 │   ├── SessionGone             410
 │   ├── QuotaExceeded           429
+│   │   ├── QueueFull           429  nor may one more wait
+│   │   └── QueueTimedOut       429  it has waited long enough
 │   └── NoBackend               503
 └── BackendError                a machine said no, or broke
     ├── BackendUnavailable      nothing has run: another backend may be tried
@@ -71,6 +73,8 @@ class Refused(SandgateError):
     code = "refused"
     status = 400
     theirs = True
+    waits_seconds = 0  # how long such a request may wait for room instead
+    goes_local = False  # whether it may run on this machine instead
 
 
 class Invalid(Refused):
@@ -160,6 +164,20 @@ class QuotaExceeded(Refused):
     code = "quota_exceeded"
     status = 429
     remedy = "Wait for retry_after seconds, or end what is running."
+
+
+class QueueFull(QuotaExceeded):
+    """There is no room now, and as many requests wait already as may."""
+
+    code = "queue_full"
+    remedy = "Nothing has run. Try again after retry_after seconds, and send less at once."
+
+
+class QueueTimedOut(QuotaExceeded):
+    """It has waited for room as long as it may, and was not started."""
+
+    code = "queue_timed_out"
+    remedy = "Nothing has run. End what is running, send less at once, or allow a longer max_wait_seconds."
 
 
 class NoBackend(Refused):

@@ -42,6 +42,8 @@ class Caller:
     ip: str | None = None
     request_id: str = ""
     trace_id: str = ""
+    user: str = ""  # the end user and the workflow of one request: quotas may name them
+    workflow: str = ""
 
     def needs(self, scope: str) -> None:
         """Raises Forbidden without the scope."""

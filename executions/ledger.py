@@ -52,6 +52,8 @@ def bill(
                 )
             )
     hot.insert(usage)
+    if used := sum(stretch.duration_us for stretch in usage):
+        quotas.use_time(sandbox, used)
     covered = min(total, sandbox.reserved_nano_usd)
     given_back = sandbox.reserved_nano_usd - covered if final else 0
     quotas.settle(sandbox.reserved_on, release=covered + given_back, spend=total)

@@ -64,7 +64,10 @@ def _lease(
     now = timezone.now()
     seconds, fits = _worst(seconds, warm.rate_nano_usd_per_second, fields)
     worst = warm.rate_nano_usd_per_second * seconds
-    budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=worst, fits=fits, is_open=True)
+    budgets = quotas.take(
+        caller, executions=executions, sandboxes=1, seconds=seconds, nano_usd=worst, backend=warm.backend, fits=fits,
+        is_open=True,
+    )  # fmt: skip
     kept = {name: fields[name] for name in fields.keys() - {"memory_mib", "network_allow", "env"}}
     warm.advance(
         SandboxState.LEASED,
@@ -99,7 +102,9 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     price = costs.price(alias, cpu_count=cpu_count, memory_mib=billed_mib, at=now)
     rate = price.nano_usd_per_second
     seconds, fits = _worst(seconds, rate, fields)
-    budgets = quotas.take(caller, executions=executions, sandboxes=1, nano_usd=rate * seconds, fits=fits)
+    budgets = quotas.take(
+        caller, executions=executions, sandboxes=1, seconds=seconds, nano_usd=rate * seconds, backend=alias, fits=fits
+    )
     sandbox = Sandbox.born(
         SandboxState.BOOTING,
         team=caller.team,

@@ -89,7 +89,9 @@ def first(route: Route, claim: Callable[[str], T]) -> T:
         except capacity.Full as full:
             route.aliases.remove(alias)
             route.skipped.append(Skipped(alias, str(full), SkipCode.FULL))
-    raise _none_of(route, [capacity.RETRY_SECONDS])
+    refusal = _none_of(route, [capacity.RETRY_SECONDS])
+    refusal.waits_seconds = settings.QUEUE_SECONDS
+    raise refusal
 
 
 def _none_of(route: Route, waits: list[int]) -> NoBackend:

@@ -151,7 +151,7 @@ class Unit(TextChoices):
     CONCURRENT_EXECUTIONS = "concurrent_executions"
     CONCURRENT_SANDBOXES = "concurrent_sandboxes"
     NANO_USD = "nano_usd", "money"
-    COMPUTE_SECONDS = "compute_seconds"  # allocated to sandboxes, rounded up for each
+    COMPUTE_US = "compute_us", "compute time"  # microseconds, allocated to sandboxes
     CREATIONS = "creations"  # of sandboxes
     BYTES_STORED = "bytes_stored"  # of artifacts
 

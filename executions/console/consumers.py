@@ -211,14 +211,9 @@ class Socket(AsyncJsonWebsocketConsumer):
             message["cost_usd"] = (execution.cost_nano_usd or 0) / costs.NANO
         await self.send_json(message)
         if execution.state == ExecutionState.QUEUED:
-            ahead = await rows(self.ahead_of, execution)
-            await self.send_json(
-                {"type": "queued", "seq": 0, "execution_id": execution.pk, "position": ahead + 1, "reason": ""}
-            )
-
-    def ahead_of(self, execution: Execution) -> int:
-        waiting = Execution.objects.open().filter(state=ExecutionState.QUEUED, agent=execution.agent_id)
-        return waiting.filter(created_at__lt=execution.created_at).count()
+            place = await rows(operations.position, execution)
+            message = {"type": "queued", "seq": 0, "execution_id": execution.pk, "position": place}
+            await self.send_json({**message, "reason": execution.waits_for})
 
     async def say_usage(self, execution: Execution) -> None:
         if execution.running_at is None or execution.ended_at is not None:
@@ -293,7 +288,9 @@ class SessionSocket(Socket):
         async with self.asking:
             execution = await rows(operations.submit, caller=self.caller, request=request, idempotency_key=once)
             self.clients[execution.pk] = client_id
-        if not execution.replayed:
+        if execution.waits:
+            operations.nudge()
+        elif not execution.replayed:
             operations.start(execution)
         elif self.told.pop(execution.pk, None):
             self.seen.pop(execution.pk, None)

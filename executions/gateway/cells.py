@@ -82,6 +82,7 @@ async def _submission(caller: Caller, sandbox: Sandbox, body: Any) -> Submission
         "language": LANGUAGE.get(language, language),
         "context_id": context_id or None,
         "env": {name: value for name, value in (body.get("env_vars") or {}).items() if value is not None},
+        "max_wait_seconds": 0,  # the SDK expects the first line of an answer, not a place in a queue
         "timeout_seconds": min(caller.agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS),
     }
     return parse(Submission, submission)

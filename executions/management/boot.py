@@ -102,8 +102,8 @@ def database() -> None:
 def alone() -> Iterator[None]:
     """Of several that start at once on one database, one is in here at a time."""
     if connection.vendor != "postgresql":
-        with open(settings.DATA / "migrate.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(settings.DATA / "migrate.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
         return
     with closing(connection.copy()) as lock, lock.cursor() as cursor:

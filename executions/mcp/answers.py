@@ -128,6 +128,9 @@ def _whereabouts(shape: ExecutionShape, waited: str) -> str:
     if shape.state in EXECUTION_ENDED:
         seconds = f" in {shape.usage.run_seconds:.2f} s" if shape.usage.run_seconds is not None else ""
         return f"[{shape.state}{seconds} · {ids}]"
+    if shape.queue is not None:
+        place = f"number {shape.queue.position} in the queue" if shape.queue.position else "in the queue"
+        waited = f"{waited}, {place}: {shape.queue.reason}"
     return (
         f"[{shape.state}{waited}; it goes on, do not send it again · {ids}]\n"
         f"get_execution(execution_id, after_seq={shape.last_seq}) waits for the rest; cancel_execution stops it."

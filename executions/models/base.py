@@ -65,10 +65,15 @@ class HasLifecycle(models.Model):
     @classmethod
     def born(cls, *states: str, reason: str = "", **fields: Any) -> Self:
         """Insert a row that has already taken the roads through `states`; each is recorded. Call it in a transaction."""
-        row = cls(state=states[-1], **fields)
-        hot.insert([row])
-        row._record(("", *states), reason)
+        row = cls(**fields)
+        row.bear(*states, reason=reason)
         return row
+
+    def bear(self, *states: str, reason: str = "") -> None:
+        """Insert this row, which has already taken the roads through `states`."""
+        self.state = states[-1]
+        hot.insert([self])
+        self._record(("", *states), reason)
 
     def advance(self, *states: str, reason: str = "", **fields: Any) -> None:
         """Move through `states` in one step, with `fields` set at once. IllegalTransition when the table forbids it

@@ -72,7 +72,7 @@ def _send(held: list[tuple[str, list[Any]]]) -> int:
         return cursor.rowcount
 
 
-def _joined(held: list[tuple[str, list[Any]]]) -> bytes:
+def _joined(held: list[tuple[str, list[Any]]]) -> Any:
     """One text for PostgreSQL, as its driver would make it; the driver takes statements of this length apart each time."""
     from psycopg.adapt import Transformer
 
@@ -183,16 +183,17 @@ def _moment(at: datetime) -> Any:
     return connection.ops.adapt_datetimefield_value(at)
 
 
-def count_open(table: str, scope: str | None, scope_id: Any, *, locked: int | None = None) -> int:
-    """Rows without an end in `table` ("execution" or "sandbox") of one team, agent or key; of all for scope None.
+def count_open(table: str, scope: dict[str, str], *, locked: int | None = None) -> int:
+    """Rows without an end in `table` ("execution" or "sandbox") that have these values in these columns.
 
     With the id of a quota, others who count against it wait from here to the end of the transaction.
     """
     tables = {"execution": "executions_execution", "sandbox": "executions_sandbox"}
-    columns = {"team": "team_id", "agent": "agent_id", "key": "key_id"}
-    statement, values = f"SELECT COUNT(*) FROM {tables[table]} WHERE ended_at IS NULL", []
-    if scope is not None:
-        statement, values = f"{statement} AND {columns[scope]} = %s", [scope_id]
+    statement, values = f"SELECT COUNT(*) FROM {tables[table]} WHERE ended_at IS NULL", list[Any](scope.values())
+    if table == "execution":
+        statement += " AND state <> 'queued'"  # what waits uses nothing yet
+    for column in scope:
+        statement += f" AND {connection.ops.quote_name(column)} = %s"
     locks = locked is not None and connection.features.has_select_for_update  # SQLite's transaction is alone already
     if locks:
         statement = f"SELECT 1 FROM executions_quota WHERE id = %s FOR UPDATE; {statement}"
@@ -216,14 +217,23 @@ def prices(backend: str, at: datetime) -> dict[str, int]:
         return dict(cursor.fetchall())
 
 
-def take(quota_id: int, column: str, amount: int) -> bool:
+def take(quota_id: int, column: str, amount: int, at: datetime) -> bool:
     """Add to `used` or `reserved` of a quota that has room for it; False, and nothing changed, where it has not."""
     statements = {
         "used": "UPDATE executions_quota SET used = used + %s WHERE id = %s AND used + reserved + %s <= {limit}",
         "reserved": "UPDATE executions_quota SET reserved = reserved + %s WHERE id = %s AND used + reserved + %s <= {limit}",
     }
-    limit = connection.ops.quote_name("limit")
-    return _count(statements[column].format(limit=limit), [amount, quota_id, amount]) == 1
+    limit = f"{connection.ops.quote_name('limit')} + CASE WHEN raised_until > %s THEN raised_by ELSE 0 END"
+    return _count(statements[column].format(limit=limit), [amount, quota_id, amount, _moment(at)]) == 1
+
+
+def use_time(team: str, agent: str, key: str, backend: str, duration_us: int) -> None:
+    """Add to `used` of every quota of compute time that governs such a sandbox."""
+    _write(
+        "UPDATE executions_quota SET used = used + %s WHERE unit = 'compute_us' AND backend IN ('', %s)"
+        " AND COALESCE(key_id, %s) = %s AND COALESCE(agent_id, %s) = %s AND COALESCE(team_id, %s) = %s",
+        [duration_us, backend, key, key, agent, agent, team, team],
+    )
 
 
 def settle(quota_id: int, release: int, spend: int) -> None:

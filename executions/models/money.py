@@ -26,7 +26,9 @@ class Quota(models.Model):
     backend = models.CharField(max_length=40, blank=True, help_text="Only what runs on this alias.")
     unit = models.CharField(max_length=24, choices=Unit)
     window = models.CharField(max_length=8, choices=Window, default=Window.TOTAL)
-    limit = models.BigIntegerField(help_text="Nano-dollars for a budget: 5000000000 is $5.")
+    limit = models.BigIntegerField(
+        help_text="Nano-dollars for a budget: 5000000000 is $5; microseconds for compute time."
+    )
     used = models.BigIntegerField(default=0, editable=False)
     reserved = models.BigIntegerField(default=0, editable=False)
     window_started_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -44,6 +46,11 @@ class Quota(models.Model):
             models.CheckConstraint(condition=Q(unit__in=Unit.values), name="quota_unit_known"),
             models.CheckConstraint(condition=Q(window__in=Window.values), name="quota_window_known"),
             models.CheckConstraint(condition=Q(limit__gte=0, used__gte=0, reserved__gte=0), name="quota_not_negative"),
+            models.CheckConstraint(
+                condition=Q(user="", workflow="")
+                | Q(unit__in=["executions", "concurrent_executions", "creations", "nano_usd"]),
+                name="quota_narrowed_where_known",
+            ),
             models.CheckConstraint(
                 condition=Q(raised_by=0) | Q(raised_by__gt=0, raised_until__isnull=False), name="quota_raise_ends"
             ),

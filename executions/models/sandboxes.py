@@ -106,8 +106,6 @@ class Sandbox(HasLifecycle):
     last_used_at = models.DateTimeField(default=timezone.now)
     reserved_nano_usd = models.BigIntegerField(default=0, help_text="What it may still cost, set aside.")
     reserved_on = models.JSONField(default=list, blank=True, help_text="The budgets that hold the reservation.")
-    reserved_seconds = models.PositiveIntegerField(default=0)
-    seconds_on = models.JSONField(default=list, blank=True, help_text="The quotas of compute-seconds that hold them.")
     spent_nano_usd = models.BigIntegerField(default=0)
     metered_until = models.DateTimeField(null=True, blank=True, help_text="Up to here its time is in the ledger.")
     rate_nano_usd_per_second = models.BigIntegerField(default=0)

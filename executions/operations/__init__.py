@@ -27,6 +27,7 @@ from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
 from executions.operations.templates import mistakes, rebuild, template_states
 from executions.operations.wait import cancel, execute, find_execution, wait
+from executions.operations.waiting import nudge, position
 
 __all__ = [
     "FirstStart",
@@ -52,12 +53,14 @@ __all__ = [
     "limits",
     "list_files",
     "mistakes",
+    "nudge",
     "offer",
     "open_session",
     "outage_drill",
     "outages",
     "pause",
     "pause_session",
+    "position",
     "put_file",
     "reap",
     "rebuild",

@@ -11,7 +11,7 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import artifacts, probe, replenish, templates
+from executions.operations import artifacts, probe, replenish, templates, waiting
 from executions.operations.reap import kill_orphans, reap
 from executions.reports import totals
 
@@ -28,6 +28,7 @@ async def background() -> None:
     """Reap, and keep the nodes' templates as their rows say, for ever; a round that fails is logged. Ends by being cancelled."""
     try:
         await asyncio.gather(
+            waiting.serve(),
             _rounds("reap", _reap),
             _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
             _rounds("probes", probe.look, every=PROBES_EVERY),

@@ -27,23 +27,29 @@ def limits(*, caller: Caller) -> list[LimitShape]:
     caller.needs(Scope.READ)
     now, zone = timezone.now(), caller.team.time_zone
     shapes = []
-    for quota in quotas.of(caller):
+    for quota in quotas.visible_to(caller):
         start = quotas.window_start(quota.window, zone, now)
         stale = start is not None and quota.window_started_at < start
         used = 0 if stale else quotas.in_use(quota)
         money = quota.unit == Unit.NANO_USD
-        ends = quotas.window_end(quota.window, zone, now)
+        limit, reserved = quotas.ceiling(quota, now), quotas.reserved(quota)
+        left = max(0, limit - used - reserved)
         shapes.append(
             LimitShape(
                 scope=quota.scope_name,
                 unit=quota.unit,
                 window=quota.window,
-                limit=quota.limit,
+                user=quota.user,
+                workflow=quota.workflow,
+                backend=quota.backend,
+                limit=limit,
                 used=used,
-                reserved=quota.reserved,
-                remaining=max(0, quota.limit - used - quota.reserved),
-                remaining_usd=dollars(max(0, quota.limit - used - quota.reserved)) if money else "",
-                resets_at=ends,
+                reserved=reserved,
+                remaining=left,
+                remaining_usd=dollars(left) if money else "",
+                is_nearly_exhausted=(used + reserved) * 100 >= limit * quota.soft_percent,
+                when_exhausted=quota.when_exhausted,
+                resets_at=quotas.window_end(quota.window, zone, now),
             )
         )
     return shapes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -38,10 +39,14 @@ def reserve_until(sandbox: Sandbox, end: datetime) -> None:
     """
     seconds = (end - (sandbox.metered_until or sandbox.created_at)).total_seconds() + sandbox.grace_seconds
     missing = sandbox.rate_nano_usd_per_second * (int(seconds) + 1) - sandbox.reserved_nano_usd
-    if missing <= 0:
+    longer = math.ceil((end - sandbox.leased_until).total_seconds())
+    if missing <= 0 and longer <= 0:
         return
+    missing = max(0, missing)
     owner = Caller(team=sandbox.team, agent=sandbox.agent, key=sandbox.key, person=sandbox.actor)
-    budgets = quotas.take(owner, nano_usd=missing)
+    budgets = quotas.take(owner, seconds=max(0, longer), nano_usd=missing, backend=sandbox.backend)
+    if not missing:
+        return
     if not sandbox.reserved_nano_usd:
         sandbox.reserved_on = budgets
     elif sorted(budgets) != sorted(sandbox.reserved_on):  # budgets were added or removed since it was opened

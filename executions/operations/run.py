@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -28,11 +28,10 @@ from executions.errors import (
     SandgateError,
 )
 from executions.hop import rows
-from executions.keys import Caller
 from executions.models import Attempt, Egress, Event, Execution, IllegalTransition, Sandbox, Usage, hot
 from executions.operations import artifacts, pausing
 from executions.operations.boot import boot, never_was, spec_of
-from executions.operations.submit import next_attempt
+from executions.operations.submit import caller_of, next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
@@ -42,6 +41,7 @@ FLUSH_SECONDS = 0.1
 KILL_PATIENCE_SECONDS = 0.02  # a kill confirmed by then is settled in the same transaction as the run
 
 _runs: dict[str, Run] = {}
+when_over: list[Callable[[], None]] = []  # told that a run here has ended: there may be room for another
 _locked = hot.Compiled(lambda sandbox: Sandbox.objects.select_for_update().filter(id=sandbox))
 
 
@@ -52,12 +52,18 @@ def start(execution: Execution) -> Run:
     probe.soon()
     run = _runs[execution.pk] = Run(execution)
     run.task = asyncio.create_task(run.whole(), name=f"run {execution.pk}")
-    run.task.add_done_callback(lambda _: _runs.pop(execution.pk, None))
+    run.task.add_done_callback(lambda _: _over(execution.pk))
     if execution.sandbox is not None and execution.sandbox.pool_id:
         from executions.operations.replenish import taken
 
         taken(execution.sandbox, run.task)
     return run
+
+
+def _over(execution_id: str) -> None:
+    _runs.pop(execution_id, None)
+    for listener in when_over:
+        listener()
 
 
 def running(execution_id: str) -> Run | None:
@@ -467,13 +473,6 @@ async def kill(sandbox: Sandbox) -> bool:
     except (BackendError, OSError, TimeoutError) as e:
         log.warning("kill_unconfirmed", extra={"sandbox_id": sandbox.pk, "error": str(e)})
         return False
-
-
-def caller_of(execution: Execution) -> Caller:
-    """Who asked for it, for what is admitted on its behalf later."""
-    return Caller(
-        team=execution.team, agent=execution.agent, key=execution.key, person=execution.actor, door=execution.door
-    )
 
 
 __all__ = ["Run", "drain", "kill", "running", "spec_of", "start"]

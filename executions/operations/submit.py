@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
@@ -12,8 +14,8 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from executions import breaker, capacity, egress, metrics, pool, quotas, routes
-from executions.errors import Conflict, Invalid, KeyReused, NotFound, Refused, SessionGone
+from executions import backends, breaker, capacity, egress, metrics, pool, quotas, routes
+from executions.errors import Conflict, Invalid, KeyReused, NotFound, QueueFull, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.operations import artifacts, pausing
@@ -27,24 +29,61 @@ INTERPRETERS = {"python": "python3 -u", "bash": "bash", "javascript": "node", "r
 def submit(*, caller: Caller, request: Submission, idempotency_key: str | None = None) -> Execution:
     """Admit one execution: quotas and money taken, sandbox claimed or intended, rows inserted, or nothing at all.
 
-    The execution comes back claimed by this process: pass it to `start`, unless `replayed` is set on it, which means
-    that the same request was admitted before. Raises Refused; the refusal is stored.
+    The execution comes back claimed by this process, to be passed to `start`; unless it `waits`, as there is no room
+    for it now, or `replayed` is set on it, as the same request was admitted before. Raises Refused; the refusal is stored.
     """
     caller.needs(Scope.RUN)
-    caller = caller.acting_as(request.agent)
+    caller = replace(caller.acting_as(request.agent), user=request.user, workflow=request.workflow)
     try:
         try:
             return _admit(caller, request, idempotency_key)
         except TwinAdmitted:
             return _admit(caller, request, idempotency_key)
+        except Refused as full:
+            return _admit_otherwise(caller, request, idempotency_key, full)
     except Refused as refusal:
         record_refusal(caller, refusal)
         raise
 
 
+def _admit_otherwise(caller: Caller, request: Submission, idempotency_key: str | None, full: Refused) -> Execution:
+    """Where a quota or a plan has no room: on this machine, or later, as it says; else the refusal is raised."""
+    if full.goes_local:
+        here = [
+            a for a in backends.aliases() if not backends.get(a).remote and backends.get(a).isolation != "simulated"
+        ]
+        return _admit(caller, request, idempotency_key, route=here)
+    patience = full.waits_seconds
+    if request.max_wait_seconds is not None:
+        patience = min(patience, request.max_wait_seconds)
+    if not patience:
+        raise full
+    return _admit(caller, request, idempotency_key, full=full, patience_seconds=patience)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a run needs before it can start, kept with one that waits."""
+
+    session_id: str = ""
+    asked: list[str] | None = None
+    template: str = ""
+    memory_mib: int = 0
+    network: tuple[str, ...] = ()
+
+
 @transaction.atomic(durable=True)
 @hot.together()
-def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> Execution:
+def _admit(
+    caller: Caller,
+    request: Submission,
+    idempotency_key: str | None,
+    *,
+    route: list[str] | None = None,
+    full: Refused | None = None,
+    patience_seconds: int = 0,
+) -> Execution:
+    """With `route` on these instead of those that were asked for; with `full` it is let wait for room instead."""
     agent = caller.agent
     assert agent is not None
     fingerprint = ""
@@ -56,53 +95,29 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
     most = min(agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS)
     if timeout > most:
         raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
-    is_command = request.script_path is not None
     limits = request.limits.model_dump(exclude_none=True)
-    run_limits = bool(limits.keys() & {"memory_mib", "cpu_seconds"})  # the others are kept by the journal
     if request.session_id:
         if "memory_mib" in limits:
             raise Invalid("limits.memory_mib: a session has its memory already.", field="limits.memory_mib")
         if request.network is not None:
             raise Invalid("network: a session has its network already; say it when you open one.", field="network")
-        quotas.take(caller, executions=1)
-        sandbox = claim_session(caller, request.session_id)
-        route = routes.plan(
-            caller, asked=[sandbox.backend], language=request.language, commands=is_command, run_limits=run_limits,
-            network=sandbox.network_allow, fresh=False,
-        )  # fmt: skip
-        left = int((sandbox.leased_until - timezone.now()).total_seconds())
-        timeout = max(1, min(timeout, left))
-        path: tuple[ExecutionState, ...] = (E.QUEUED, E.STARTING, E.RUNNING)
-        if sandbox.state == SandboxState.PAUSED:
-            path = path[:-1]
+        wish = Wish(session_id=request.session_id)
     else:
         template = find_template(agent, request.template)
-        network = egress.allowed(agent, request.network)
-        route = routes.plan(
-            caller, asked=request.route, language=request.language, commands=is_command, template=template,
-            run_limits=run_limits, network=network,
-        )  # fmt: skip
         memory_mib = limits.get("memory_mib", template.memory_mib)
         if memory_mib > template.memory_mib:
             most = f"at most {template.memory_mib}, which template {template.name} has"
             raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
-        sandbox = routes.first(
-            route,
-            lambda alias: pool.claim(
-                caller, alias=alias, template=template, seconds=timeout, executions=1, env=template.env,
-                memory_mib=memory_mib, network_allow=network,
-            ),
-        )  # fmt: skip
-        path = (E.QUEUED, E.STARTING) if sandbox.handle is None else (E.QUEUED, E.STARTING, E.RUNNING)
+        network = egress.allowed(agent, request.network)
+        wish = Wish("", route or request.route, template.name, memory_mib, tuple(network))
     now = timezone.now()
+    is_command = request.script_path is not None
     code = _command_line(request) if is_command else request.code or ""
-    execution = Execution.born(
-        *path,
+    execution = Execution(
         team=caller.team,
         agent=agent,
         key=caller.key,
         actor=caller.person,
-        sandbox=sandbox,
         language=request.language,
         code=code,
         code_sha256=hashlib.sha256(code.encode(errors="surrogatepass")).hexdigest(),
@@ -113,8 +128,6 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         timeout_seconds=timeout,
         limits=limits,
         keep_files=_kept_by(agent, request),
-        route=route.aliases,
-        backend=sandbox.backend,
         cancel_on_disconnect=request.cancel_on_disconnect,
         user=request.user,
         workflow=request.workflow,
@@ -126,10 +139,79 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         request_id=caller.request_id,
         trace_id=caller.trace_id,
         created_at=now,
-        started_at=now,
-        running_at=now if E.RUNNING in path else None,
-        heartbeat_at=now,
     )
+    if full is None:
+        path, fields, planned = _place(caller, execution, wish)
+        for name, value in fields.items():
+            setattr(execution, name, value)
+        execution.bear(E.QUEUED, *path)
+        _try_first(execution, planned)
+    else:
+        if Execution.objects.filter(state=E.QUEUED).count() >= settings.QUEUE_LENGTH:
+            raise QueueFull(f"{full.detail} {settings.QUEUE_LENGTH} requests wait for room already.", retry_after=5)
+        execution.wish = asdict(wish)
+        execution.waits_for, execution.waits_until = full.detail[:300], now + timedelta(seconds=patience_seconds)
+        execution.bear(E.QUEUED, reason=full.code)
+    if idempotency_key:
+        remember(agent, idempotency_key, fingerprint, execution=execution)
+    return execution
+
+
+def begin(execution: Execution) -> bool:
+    """Start one that has waited: all that its admission would have taken is taken now. False when it waits no more.
+
+    Raises Refused, and nothing has changed. It comes back claimed by this process.
+    """
+    with transaction.atomic(durable=True), hot.together():
+        still = Execution.objects.select_for_update(skip_locked=True).filter(pk=execution.pk, state=E.QUEUED)
+        if not still.values_list("pk"):
+            return False
+        caller = caller_of(execution)
+        path, fields, route = _place(caller, execution, Wish(**execution.wish))
+        execution.advance(*path, **fields)
+        _try_first(execution, route)
+    return True
+
+
+def _place(
+    caller: Caller, execution: Execution, wish: Wish
+) -> tuple[tuple[ExecutionState, ...], dict[str, Any], routes.Route]:
+    """Take what it needs: the states that it has then reached, its columns, and its route. Raises Refused."""
+    kind: dict[str, Any] = {
+        "language": execution.language,
+        "commands": execution.command,
+        "run_limits": bool(execution.limits.keys() & {"memory_mib", "cpu_seconds"}),  # the journal keeps the others
+    }
+    timeout = execution.timeout_seconds
+    ready = True
+    if wish.session_id:
+        sandbox = claim_session(caller, wish.session_id)
+        quotas.take(caller, executions=1, backend=sandbox.backend)
+        route = routes.plan(caller, asked=[sandbox.backend], network=sandbox.network_allow, fresh=False, **kind)
+        timeout = max(1, min(timeout, int((sandbox.leased_until - timezone.now()).total_seconds())))
+        ready = sandbox.state != SandboxState.PAUSED
+    else:
+        assert caller.agent is not None
+        template, network = find_template(caller.agent, wish.template), list(wish.network)
+        route = routes.plan(caller, asked=wish.asked, template=template, network=network, **kind)
+        sandbox = routes.first(
+            route,
+            lambda alias: pool.claim(
+                caller, alias=alias, template=template, seconds=timeout, executions=1, env=template.env,
+                memory_mib=wish.memory_mib, network_allow=network,
+            ),
+        )  # fmt: skip
+        ready = sandbox.handle is not None  # out of a pool
+    now = timezone.now()
+    fields = {
+        "sandbox": sandbox, "backend": sandbox.backend, "route": route.aliases, "timeout_seconds": timeout,
+        "started_at": now, "running_at": now if ready else None, "heartbeat_at": now,
+    }  # fmt: skip
+    return (E.STARTING, E.RUNNING) if ready else (E.STARTING,), fields, route
+
+
+def _try_first(execution: Execution, route: routes.Route) -> None:
+    """Its attempts: those that were left out, with why, and the first."""
     attempts = [
         Attempt(
             execution=execution,
@@ -141,14 +223,10 @@ def _admit(caller: Caller, request: Submission, idempotency_key: str | None) -> 
         )
         for n, left in enumerate(route.skipped, start=1)
     ]
-    attempts.append(
-        Attempt(execution=execution, number=len(attempts) + 1, backend=sandbox.backend, sandbox=sandbox, started_at=now)
-    )
+    first = {"backend": execution.backend, "sandbox": execution.sandbox, "started_at": execution.started_at}
+    attempts.append(Attempt(execution=execution, number=len(attempts) + 1, **first))
     hot.insert(attempts)
     execution.tried = attempts
-    if idempotency_key:
-        remember(agent, idempotency_key, fingerprint, execution=execution)
-    return execution
 
 
 def _files(caller: Caller, request: Submission) -> dict[str, Any]:
@@ -166,6 +244,19 @@ def _kept_by(agent: Agent, request: Submission) -> list[str]:
     if request.keep_files is not None:
         return request.keep_files
     return [] if request.session_id else agent.keep_files or []
+
+
+def caller_of(execution: Execution) -> Caller:
+    """Who asked for it, for what is admitted on its behalf later."""
+    return Caller(
+        team=execution.team,
+        agent=execution.agent,
+        key=execution.key,
+        person=execution.actor,
+        user=execution.user,
+        workflow=execution.workflow,
+        door=execution.door,
+    )
 
 
 def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox | None:

@@ -11,6 +11,7 @@ from executions.errors import NotFound
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution
+from executions.operations import waiting
 from executions.operations.cancel import request_cancel
 from executions.operations.run import running, start
 from executions.operations.submit import submit
@@ -37,8 +38,15 @@ async def execute(
         return submit(caller=who, request=what, idempotency_key=idempotency_key)
 
     execution = await rows(admit)
-    if execution.replayed:
-        return await wait(execution, wait_seconds)
+    if execution.waits and not execution.replayed:
+        waiting.nudge()
+    if execution.replayed or execution.waits:
+        try:
+            return await wait(execution, wait_seconds)
+        except asyncio.CancelledError:
+            if execution.cancel_on_disconnect and not execution.replayed:
+                await asyncio.shield(cancel(execution=execution, reason="the caller went away"))
+            raise
     run = start(execution)
     assert run.task is not None
     try:
@@ -71,7 +79,10 @@ async def wait(execution: Execution, wait_seconds: float | None) -> ExecutionSha
 
 def _shape(execution_id: str) -> ExecutionShape:
     found = Execution.objects.select_related("sandbox", "agent", "actor").get(pk=execution_id)
-    return execution_shape(found)
+    shape = execution_shape(found)
+    if shape.queue is not None:
+        shape.queue.position = waiting.position(found)
+    return shape
 
 
 def find_execution(caller: Caller, execution_id: str) -> Execution:
@@ -91,4 +102,6 @@ async def cancel(*, execution: Execution, caller: Caller | None = None, reason: 
     asked = await rows(request_cancel, execution=execution, caller=caller, reason=reason)
     if asked and (here := running(execution.pk)):
         here.cancel(execution.cancel_reason)
+    elif asked and execution.waits:
+        waiting.nudge()
     return asked

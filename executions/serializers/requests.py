@@ -92,6 +92,9 @@ class Submission(Accepted):
     step: Short = ""
     parent: str | None = Field(None, description="The execution that this one belongs to.", max_length=40)
     metadata: dict[str, str] = Field({}, max_length=32)
+    max_wait_seconds: int | None = Field(
+        None, ge=0, le=3600, description="How long it may wait when there is no room; 0: refuse it. Left out: as ruled."
+    )
     keep_files: Kept = Field(
         None,
         description="Folders and globs below /home/user that are kept as artifacts at its end. Left out: the agent's.",

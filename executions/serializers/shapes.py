@@ -58,6 +58,14 @@ class UsageShape(BaseModel):
     output_bytes: int = 0
 
 
+class QueueShape(BaseModel):
+    """Where one waits that has not been started."""
+
+    position: int = Field(description="From 1, in the order in which they will be started; 0 where it is not known.")
+    reason: str = Field(description="What there was no room for.")
+    until: datetime | None = Field(None, description="Not started by then, it is refused.")
+
+
 class ExecutionShape(BaseModel):
     """One execution, as every door shows it."""
 
@@ -76,6 +84,7 @@ class ExecutionShape(BaseModel):
     limits: dict[str, int] = Field({}, description="What was asked for below the usual.")
     limits_reached: list[str] = Field([], description="Named limits: of error_code, and of what was cut.")
     execution_count: int | None = None
+    queue: QueueShape | None = Field(None, description="While it waits for room.")
     attempts: list[AttemptShape] = []
     fell_back: str = Field("", description="What was out or full, so that it did not run on the first of its route.")
     egress: list[EgressShape] = Field(
@@ -179,11 +188,16 @@ class LimitShape(BaseModel):
     scope: str
     unit: str
     window: str
+    user: str = Field("", description="Where it only governs what runs for this end user; likewise the next two.")
+    workflow: str = ""
+    backend: str = ""
     limit: int
     used: int
     reserved: int
     remaining: int
     remaining_usd: str = ""
+    is_nearly_exhausted: bool = False
+    when_exhausted: str = Field("refuse", description="refuse, wait or local: what becomes of a request without room.")
     resets_at: datetime | None = None
 
 
@@ -321,6 +335,9 @@ def execution_head(execution: Execution) -> ExecutionShape:
         door=execution.door,
         request_id=execution.request_id,
         code_sha256=execution.code_sha256,
+        queue=QueueShape(position=0, reason=execution.waits_for, until=execution.waits_until)
+        if execution.waits
+        else None,
         created_at=execution.created_at,
         started_at=execution.started_at,
         running_at=execution.running_at,

@@ -8,6 +8,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.db import connection
 from django.db.models import Q
+from django.utils import timezone
 
 from executions import keys, operations, quotas
 from executions.models import (
@@ -83,9 +84,9 @@ def test_a_compiled_query_gives_what_the_orm_gives(caller, team):
 def test_a_quota_is_taken_to_its_limit_and_not_beyond(caller):
     quota = Quota.objects.create(team=caller.team, unit="executions", window="total", limit=10, used=3, reserved=2)
 
-    assert not hot.take(quota.pk, "used", 6)
-    assert hot.take(quota.pk, "reserved", 5)
-    assert not hot.take(quota.pk, "used", 1)
+    assert not hot.take(quota.pk, "used", 6, timezone.now())
+    assert hot.take(quota.pk, "reserved", 5, timezone.now())
+    assert not hot.take(quota.pk, "used", 1, timezone.now())
     hot.settle(quota.pk, release=7, spend=4)
 
     quota.refresh_from_db()
@@ -100,10 +101,10 @@ def test_open_rows_are_counted_as_the_orm_counts_them(caller, eve, scope):
     Execution.objects.first().advance(ExecutionState.CANCELLED)
 
     for table, model, expected in (("execution", Execution, 2), ("sandbox", Sandbox, 3)):
-        owner = getattr(caller, scope).pk if scope else None
-        twin = model.objects.open().filter(**({f"{scope}_id": owner} if scope else {})).count()
-        assert hot.count_open(table, scope, owner) == twin == expected
-        assert hot.count_open(table, scope or "team", "nobody") == 0
+        owner = {f"{scope}_id": getattr(caller, scope).pk} if scope else {}
+        twin = model.objects.open().filter(**owner).count()
+        assert hot.count_open(table, owner) == twin == expected
+        assert hot.count_open(table, {f"{scope or 'team'}_id": "nobody"}) == 0
 
 
 @pytest.mark.django_db

@@ -27,7 +27,8 @@ def test_what_exceeds_a_quota_is_refused_with_the_numbers_and_stored(caller):
     with pytest.raises(QuotaExceeded) as refused:
         operations.submit(caller=caller, request=asks())
 
-    assert refused.value.facts == {"limit": 1, "used": 1, "needed": 1, "remaining": 0, "retry_after": 1}
+    facts = {"unit": "concurrent_executions", "limit": 1, "used": 1, "needed": 1, "remaining": 0, "retry_after": 1}
+    assert refused.value.facts == facts
     assert Execution.objects.count() == Sandbox.objects.count() == 1
     assert Refusal.objects.get().code == "quota_exceeded"
 
