@@ -1,6 +1,6 @@
 from django.urls import path
 
-from executions.api import artifacts, costs, executions, metrics, problems, reading, sessions
+from executions.api import artifacts, audit, costs, executions, metrics, problems, reading, sessions
 
 
 def schema(request):
@@ -35,6 +35,7 @@ urlpatterns = [
     path("api/v1/environment", reading.environment),
     path("api/v1/limits", reading.limits),
     path("api/v1/refusals", reading.refusals),
+    path("api/v1/audit", audit.events),
     path("api/v1/costs", costs.costs),
     path("api/v1/usage", costs.usage),
     path("healthz", reading.healthz),

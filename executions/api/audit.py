@@ -1,0 +1,60 @@
+"""GET /audit: what people and programs did in the team, newest first."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+
+from executions.api.auth import caller_of
+from executions.api.problems import answers
+from executions.errors import Invalid
+from executions.hop import rows
+from executions.models import AuditEvent
+from executions.states import Scope
+
+MOST = 200
+KNOWN = {"action", "actor", "before_seq", "subject"}
+
+
+@answers
+async def events(request: HttpRequest) -> HttpResponse:
+    """Up to 200 events of the key's team, the newest first; `before_seq` reads on. Needs the scope manage."""
+    return await rows(_events, request)
+
+
+def _events(request: HttpRequest) -> HttpResponse:
+    if request.method not in ("GET", "HEAD"):
+        raise Invalid("GET only.", field="method")
+    caller = caller_of(request)
+    caller.needs(Scope.MANAGE)
+    if unknown := sorted(request.GET.keys() - KNOWN):
+        raise Invalid(f"{unknown[0]}: not known here; known are {', '.join(sorted(KNOWN))}.", field=unknown[0])
+    found = AuditEvent.objects.filter(team=caller.team).select_related("actor").order_by("-seq")
+    asked = {"action": "action", "subject": "subject", "actor": "actor__username"}
+    for name, column in asked.items():
+        if value := request.GET.get(name):
+            found = found.filter(**{column: value.replace("\x00", "")})
+    if before := request.GET.get("before_seq"):
+        if not before.isdigit() or len(before) > 18:
+            raise Invalid("before_seq: a whole number.", field="before_seq")
+        found = found.filter(seq__lt=int(before))
+    results = [_shape(event) for event in found[:MOST]]
+    return HttpResponse(json.dumps({"results": results}, default=str), content_type="application/json")
+
+
+def _shape(event: AuditEvent) -> dict[str, Any]:
+    return {
+        "seq": event.seq,
+        "at": event.at,
+        "action": event.action,
+        "subject": event.subject,
+        "actor": event.actor.get_username() if event.actor else None,
+        "key_id": event.key_id,
+        "before": event.before,
+        "after": event.after,
+        "reason": event.reason,
+        "ip": event.ip,
+        "digest": event.digest,
+    }
