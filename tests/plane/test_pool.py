@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.management import CommandError, call_command
 from django.db import connection
 from django.utils import timezone
 
@@ -580,6 +581,53 @@ async def test_a_pool_tells_its_hits_and_misses_and_what_it_costs(caller, seeded
     assert 0 < told.claim_p50_ms <= told.claim_p95_ms
     await filled()
     assert (await rows(demand.standings, [found]))[found.pk].idle_nano_usd_per_day == 2 * 86_400 * NANO
+
+
+# Doors
+
+
+async def test_an_execution_says_that_its_sandbox_was_ready(caller, seeded):
+    await a_pool(seeded, 1)
+    await filled()
+
+    first = await operations.execute(caller=caller, request=asks())
+    second = await operations.execute(caller=caller, request=asks(limits={"output_bytes": 10}, route=["second"]))
+
+    assert (first.from_pool, second.from_pool) == (True, False)
+
+
+async def test_a_backend_tells_its_pools(caller, seeded):
+    await a_pool(seeded, 2)
+    await filled()
+    await operations.execute(caller=caller, request=asks())
+
+    told = {state["alias"]: state["pools"] for state in await operations.backend_states()}
+
+    (found,) = told["first"]
+    assert (found["template"], found["network"], found["hit_rate"], found["trouble"]) == ("default", [], 1.0, "")
+    assert told["second"] == []
+
+
+def test_a_pool_is_made_changed_and_switched_off_by_a_command(caller, seeded, capsys):
+    call_command("pool", "first", "--target", "3", "--budget", "1.5", "--network", "Example.org")
+    made = Pool.objects.get()
+    call_command("pool", "first", "--network", "example.org", "--follows", "forecast", "--at-most", "7", "--off")
+
+    assert (made.target, made.network_allow, pool.budget(made).limit) == (3, ["example.org"], 1_500_000_000)
+    made.refresh_from_db()
+    assert (made.target, made.follows, made.at_most, made.is_enabled) == (3, PoolTarget.FORECAST, 7, False)
+    assert "default on first: 0 ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nowhere"], "no backend"), (["first", "--template", "x"], "no template"), (["first", "--hours", "1,2"], "24")],
+)
+def test_a_command_that_cannot_be_followed_says_why(caller, seeded, words, said):
+    with pytest.raises(CommandError, match=said):
+        call_command("pool", *words)
+
+    assert not Pool.objects.exists()
 
 
 # Races

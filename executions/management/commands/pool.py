@@ -9,10 +9,14 @@ from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
 from django.utils import timezone
 
-from executions import audit, backends, costs, demand, pool
+from executions import audit, backends, costs, demand, network, pool
 from executions.keys import Caller
 from executions.models import Pool, Team, Template
 from executions.states import PoolTarget
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 class Command(BaseCommand):
@@ -26,7 +30,7 @@ class Command(BaseCommand):
         parser.add_argument("--target", type=int, help="how many are kept ready; of a forecast, the least")
         parser.add_argument("--follows", choices=PoolTarget.values)
         parser.add_argument("--at-most", type=int, help="the most that a forecast keeps ready")
-        parser.add_argument("--hours", help="24 numbers with commas, the first from midnight")
+        parser.add_argument("--hours", type=numbers, help="24 numbers with commas, the first from midnight")
         parser.add_argument("--zero-after", type=int, metavar="SECONDS", help="none is kept after so long without use")
         parser.add_argument("--lifetime", type=int, metavar="SECONDS", help="one that nobody took is replaced then")
         parser.add_argument("--budget", metavar="USD", help="what it may cost a day; none: no ceiling of its own")
@@ -46,7 +50,10 @@ class Command(BaseCommand):
         if template is None:
             names = ", ".join(Template.objects.values_list("name", flat=True))
             raise CommandError(f"There is no template {options['template']!r}; there are: {names}.")
-        rules = [rule for rule in options["network"].split(",") if rule]
+        try:
+            rules = network.normalised([rule for rule in options["network"].split(",") if rule])
+        except ValueError as problem:
+            raise CommandError(f"--network: {problem}") from None
         kind = {"backend": backend, "template": template, "memory_mib": options["memory_mib"]}
         found = Pool.objects.filter(**kind, network_allow=rules).first() or Pool(**kind, network_allow=rules)
         said = {
@@ -55,7 +62,7 @@ class Command(BaseCommand):
             "at_most": options["at_most"],
             "zero_after_seconds": options["zero_after"],
             "lifetime_seconds": options["lifetime"],
-            "hours": [int(n) for n in options["hours"].split(",")] if options["hours"] else None,
+            "hours": options["hours"],
             "is_enabled": not options["off"],
         }
         changed = {name: value for name, value in said.items() if value is not None}
