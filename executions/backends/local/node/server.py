@@ -89,7 +89,7 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _tree(self) -> tuple[Tree | None, str]:
-        instead = "memory is watched every 100 ms and rlimits hold instead."
+        instead = "rlimits, a watchdog and a fixed choice of processors hold instead."
         mounts = "/sys/fs/cgroup" if self.root else cgroups.delegated()
         if not mounts:
             return None, f"Control groups need root, or a group that this user may divide: {instead}"
