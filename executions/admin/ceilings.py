@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from django.db.models import Count
+from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 from django.utils.safestring import SafeString
 
@@ -13,7 +14,7 @@ from executions import quotas
 from executions.admin import show
 from executions.costs import usd
 from executions.models import Execution, Quota, Sandbox, Team
-from executions.states import Unit, Window
+from executions.states import ExecutionState, Unit, Window
 
 COUNTED: dict[str, Any] = {Unit.CONCURRENT_EXECUTIONS: Execution, Unit.CONCURRENT_SANDBOXES: Sandbox}
 
@@ -22,7 +23,12 @@ def with_use(found: Iterable[Quota]) -> list[Quota]:
     """The quotas with `now_used`, in at most two queries however many they are."""
     found = list(found)
     counts = {
-        unit: list(model.objects.open().values("team", "agent", "key").annotate(rows=Count("pk")))
+        unit: list(
+            model.objects.open()
+            .exclude(state=ExecutionState.QUEUED)
+            .values("team", "agent", "key")
+            .annotate(rows=Count("pk"))
+        )
         for unit, model in COUNTED.items()
         if any(quota.unit == unit for quota in found)
     }
@@ -32,6 +38,8 @@ def with_use(found: Iterable[Quota]) -> list[Quota]:
 
 
 def _used(quota: Quota, counts: list[dict[str, Any]] | None) -> int:
+    if counts is not None and (quota.user or quota.workflow or quota.backend):
+        return quotas.in_use(quota)  # seldom
     if counts is not None:
         for scope in ("key", "agent", "team"):
             if own := getattr(quota, f"{scope}_id"):
@@ -49,16 +57,25 @@ def zone_of(quota: Quota) -> str:
 
 
 def amount(quota: Quota, value: int) -> str:
-    return usd(value) if quota.unit == Unit.NANO_USD else f"{value:,}"
+    match quota.unit:
+        case Unit.NANO_USD:
+            return usd(value)
+        case Unit.COMPUTE_US:
+            return f"{value / 1e6:,.0f} s"
+        case Unit.BYTES_STORED:
+            return filesizeformat(value)
+    return f"{value:,}"
 
 
 def gauge(quota: Quota) -> SafeString:
     """The bar, and in words: `$0.42 and $0.10 reserved of $5.00`."""
     used = getattr(quota, "now_used", None)
     used = with_use([quota])[0].now_used if used is None else used  # type: ignore[attr-defined]
-    reserved = f" and {amount(quota, quota.reserved)} reserved" if quota.reserved else ""
-    text = f"{amount(quota, used)}{reserved} of {amount(quota, quota.limit)}"
-    return show.bar(used, quota.reserved, quota.limit, text)
+    aside, limit = quotas.reserved(quota), quotas.ceiling(quota)
+    reserved = f" and {amount(quota, aside)} reserved" if aside else ""
+    raised = " (raised)" if limit != quota.limit else ""
+    text = f"{amount(quota, used)}{reserved} of {amount(quota, limit)}{raised}"
+    return show.bar(used, aside, limit, text)
 
 
 def what(quota: Quota) -> str:

@@ -199,6 +199,11 @@ class TeamForm(forms.ModelForm):
         fields = "__all__"  # noqa: DJ007
 
 
+STEPS = {Unit.NANO_USD: costs.NANO, Unit.COMPUTE_US: 1_000_000}  # of what is counted in one of what is typed
+
+OPTIONAL = {"soft_percent", "when_exhausted", "max_wait_seconds"}  # left empty they stay as they are
+
+
 class QuotaForm(forms.ModelForm):
     """Whose it is, what it counts and over which time are chosen once: what is reserved hangs on them."""
 
@@ -207,7 +212,16 @@ class QuotaForm(forms.ModelForm):
         max_digits=19,
         decimal_places=9,
         widget=UnfoldAdminDecimalFieldWidget,
-        help_text="Dollars for a budget (5 is $5), a count for everything else.",
+        help_text="Dollars for a budget (5 is $5), seconds for compute time, a count for everything else.",
+    )
+    raised_by = forms.DecimalField(
+        min_value=0,
+        max_digits=19,
+        decimal_places=9,
+        required=False,
+        initial=0,
+        widget=UnfoldAdminDecimalFieldWidget,
+        help_text="On top of the limit, in its unit, until the moment below.",
     )
 
     class Meta:
@@ -219,27 +233,41 @@ class QuotaForm(forms.ModelForm):
         if "unit" in self.fields:
             words = {Unit.NANO_USD: "Money (a budget)"}
             self.fields["unit"].choices = [(unit, words.get(unit, unit.label.capitalize())) for unit in Unit]  # type: ignore[attr-defined]
+        for name in OPTIONAL & self.fields.keys():
+            self.fields[name].required = False
         if self.instance.pk:
-            for name in {"unit", "window", "team", "agent", "key"} & self.fields.keys():
+            for name in {"unit", "window", "team", "agent", "key", "user", "workflow", "backend"} & self.fields.keys():
                 self.fields[name].disabled = True
-            if self.instance.unit == Unit.NANO_USD:
-                self.initial["limit"] = (Decimal(self.instance.limit) / costs.NANO).normalize()
+            one = STEPS.get(self.instance.unit, 1)
+            for name in ("limit", "raised_by"):
+                self.initial[name] = format((Decimal(getattr(self.instance, name)) / one).normalize(), "f")
 
     def clean(self) -> dict[str, Any]:
         data = super().clean() or self.cleaned_data
-        limit, unit = data.get("limit"), data.get("unit")
-        if limit is None or unit is None:
+        for name in OPTIONAL & data.keys():
+            data[name] = getattr(self.instance, name) if data[name] in (None, "") else data[name]
+        unit = data.get("unit")
+        if unit is None:
             return data
-        if unit == Unit.NANO_USD:
-            limit *= costs.NANO
-        if limit != limit.to_integral_value():
-            self.add_error("limit", "A whole number, please: only a budget has decimals.")
-        elif limit > LARGEST:
-            self.add_error("limit", "That is more than can be counted.")
-        else:
-            data["limit"] = int(limit)
-        if unit in CONCURRENT and data.get("window") != Window.TOTAL:
-            self.add_error("window", "What runs at the same time has no window: choose total.")
+        for name in ("limit", "raised_by"):
+            given = data.get(name) if name != "raised_by" else data.get(name) or Decimal(0)
+            if given is None:
+                continue
+            amount = given * STEPS.get(unit, 1)
+            if amount != amount.to_integral_value():
+                self.add_error(name, "A whole number, please: only a budget and compute time have decimals.")
+            elif amount > LARGEST:
+                self.add_error(name, "That is more than can be counted.")
+            else:
+                data[name] = int(amount)
+        if data.get("raised_by") and not data.get("raised_until"):
+            self.add_error("raised_until", "A raise ends: say when.")
+        if unit in (*CONCURRENT, Unit.BYTES_STORED) and data.get("window") != Window.TOTAL:
+            self.add_error("window", "What is there at the same time has no window: choose total.")
+        if unit in (Unit.CONCURRENT_SANDBOXES, Unit.COMPUTE_US, Unit.BYTES_STORED):
+            for name in ("user", "workflow"):
+                if data.get(name):
+                    self.add_error(name, f"{unit.capitalize().replace('_', ' ')} are not known by {name}.")
         if sum(data.get(scope) is not None for scope in ("team", "agent", "key")) > 1:
             self.add_error(None, "A quota belongs to one team, one agent or one key; with none of them, to everybody.")
         return data

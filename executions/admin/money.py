@@ -13,6 +13,7 @@ from unfold.decorators import display
 from unfold.paginator import InfinitePaginator
 from unfold.views import ChangeList
 
+from executions import quotas
 from executions.admin import ceilings, filters, show
 from executions.admin.base import ConfigurationPage, RecordPage
 from executions.admin.costs import reconciliation, report
@@ -46,11 +47,14 @@ class QuotaPage(ConfigurationPage):
         (
             "Whose",
             {
-                "fields": ["team", "agent", "key"],
-                "description": "One of the three; with none of them it holds for everybody.",
+                "fields": ["team", "agent", "key", ("user", "workflow", "backend")],
+                "description": "One of team, agent and key; with none of them it holds for everybody. End user, workflow "
+                "and backend narrow it to what runs for, in or on them.",
             },
         ),
-        ("How much", {"fields": ["unit", "window", "limit"]}),
+        ("How much", {"fields": ["unit", "window", "limit", "soft_percent"]}),
+        ("When it is exhausted", {"fields": ["when_exhausted", "max_wait_seconds"]}),
+        ("Raised for a while", {"fields": ["raised_by", "raised_until", "raised_why"]}),
         ("Now", {"fields": ["now", "began"]}),
     ]
     readonly_fields = ["now", "began"]
@@ -59,7 +63,7 @@ class QuotaPage(ConfigurationPage):
         return QuotaList
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
-        return self.fieldsets if obj else self.fieldsets[:2]
+        return self.fieldsets if obj else self.fieldsets[:3]
 
     @display(description="whose")
     def whose(self, row: Quota) -> str:
@@ -75,7 +79,8 @@ class QuotaPage(ConfigurationPage):
 
     @display(description="limit", ordering="limit")
     def top(self, row: Quota) -> SafeString:
-        return show.number(ceilings.amount(row, row.limit), f"{row.limit:,}")
+        limit = quotas.ceiling(row)
+        return show.number(ceilings.amount(row, limit), f"{limit:,}")
 
     @display(description="window began", ordering="window_started_at")
     def began(self, row: Quota) -> Any:

@@ -67,7 +67,9 @@ class Quota(models.Model):
     @property
     def scope_name(self) -> str:
         owner = self.key or self.agent or self.team
-        return f"{owner._meta.verbose_name} {owner}" if owner else "everybody"
+        whose = f"{owner._meta.verbose_name} {owner}" if owner else "everybody"
+        narrowed = [f"{name} {value}" for name in ("user", "workflow", "backend") if (value := getattr(self, name))]
+        return ", ".join([whose, *narrowed])
 
 
 class LedgerEntry(models.Model):
