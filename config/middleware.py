@@ -13,6 +13,7 @@ from django.conf import settings
 from django.contrib.auth.middleware import AuthenticationMiddleware
 from django.contrib.messages.middleware import MessageMiddleware
 from django.contrib.sessions.middleware import SessionMiddleware
+from django.core.exceptions import PermissionDenied
 from django.middleware.clickjacking import XFrameOptionsMiddleware
 from django.middleware.common import CommonMiddleware
 from django.middleware.csrf import CsrfViewMiddleware
@@ -91,6 +92,15 @@ class Csrf(ForPeople, CsrfViewMiddleware):
 class Authentication(ForPeople, AuthenticationMiddleware):
     async def process_view(self, request, callback, args, kwargs):
         return None
+
+    def process_exception(self, request, exception):
+        """Who is signed in and asks for what they may not see is written into the audit."""
+        if isinstance(exception, PermissionDenied) and getattr(request, "user", None) and request.user.is_authenticated:
+            from executions import audit, keys
+
+            ip = request.META.get("REMOTE_ADDR")
+            caller = keys.Caller(None, None, person=request.user, door="admin", ip=ip)  # type: ignore[arg-type]
+            audit.once("access_denied", caller=caller, subject=request.path[:80])
 
 
 class Messages(ForPeople, MessageMiddleware):

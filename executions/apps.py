@@ -7,4 +7,4 @@ class ExecutionsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from executions import checks  # noqa: F401  (registers them)
+        from executions import checks, sign_ins  # noqa: F401  (registers them)

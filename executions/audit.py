@@ -19,9 +19,10 @@ from django.db import connection, transaction
 from django.db.models import Model
 from django.utils import timezone
 
-from executions.models import AuditEvent, AuditHead
+from executions.models import AuditEvent, AuditHead, Execution, Sandbox
 
 if TYPE_CHECKING:
+    from executions.errors import Refused
     from executions.keys import Caller
 
 SECRET = ("password", "secret", "token", "digest")  # anywhere in a name
@@ -73,11 +74,26 @@ def record(
     return event
 
 
-def once(action: str, *, actor: Any = None, subject: str = "", **facts: Any) -> None:
+def once(action: str, *, caller: Caller | None = None, subject: str = "", **facts: Any) -> None:
     """As `record`, but repeats of the same by the same within the hour are not written down again."""
-    who = actor.pk if actor is not None else facts["caller"].key.pk if facts.get("caller") else facts.get("ip")
-    if cache.add(f"audit:{action}:{who}:{hashlib.sha256(subject.encode()).hexdigest()[:32]}", 1, REPEATS_SECONDS):
-        record(action, actor=actor, subject=subject, **facts)
+    who = (caller.key or caller.person) if caller else None
+    same = f"{action} {who.pk if who else facts.get('ip')} {subject} {facts.get('reason', '')}"
+    if cache.add(f"audit:{hashlib.sha256(same.encode(errors='replace')).hexdigest()}", 1, REPEATS_SECONDS):
+        record(action, caller=caller, subject=subject, **facts)
+
+
+def denied(error: Refused) -> None:
+    """Somebody who is known asked for what they may not have, or with a key that is no longer good."""
+    caller: Caller = error.caller
+    subject = caller.key.pk if caller.key else caller.person.get_username() if caller.person else ""
+    once("access_denied", caller=caller, subject=subject, reason=error.detail)
+
+
+def seen(what: str, *, caller: Caller, of: Execution | Sandbox) -> None:
+    """A person looks at the `what` (code, output, artifact) of a run or a session that is not their own."""
+    person = caller.person
+    if person is not None and person.pk not in (of.actor_id, of.agent.person_id):
+        once(f"{what}_read", caller=caller, subject=of.pk)
 
 
 def digest(event: dict[str, Any]) -> str:

@@ -73,6 +73,7 @@ class Refused(SandgateError):
     code = "refused"
     status = 400
     theirs = True
+    caller: Any = None  # who was denied, where that belongs into the audit
     waits_seconds = 0  # how long such a request may wait for room instead
     goes_local = False  # whether it may run on this machine instead
 

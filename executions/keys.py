@@ -12,7 +12,7 @@ from datetime import timedelta
 from django.conf import settings
 from django.utils import timezone
 
-from executions.errors import Forbidden, Invalid, NotFound, Unauthenticated
+from executions.errors import Forbidden, Invalid, NotFound, Refused, Unauthenticated
 from executions.models import Agent, ApiKey, Membership, SignInLink, Team, User, hot
 from executions.states import Role, Scope
 
@@ -48,13 +48,18 @@ class Caller:
     def needs(self, scope: str) -> None:
         """Raises Forbidden without the scope."""
         if scope not in self.scopes:
-            raise Forbidden(f"This needs the scope {scope}.", scope=scope)
+            raise self.denied(Forbidden(f"This needs the scope {scope}.", scope=scope))
+
+    def denied(self, error: Refused) -> Refused:
+        """The same error, with who was denied: the door writes that into the audit."""
+        error.caller = self
+        return error
 
     def acting_as(self, name: str | None) -> Caller:
         """The caller with its agent settled: the key's own, or the one that a team's key names per request."""
         if self.key is not None and self.key.agent_id:
             if name and self.agent and name not in (self.agent.name, self.agent.id):
-                raise Forbidden(f"This key acts as agent {self.agent.name} only.", field="agent")
+                raise self.denied(Forbidden(f"This key acts as agent {self.agent.name} only.", field="agent"))
             agent = self.agent
         elif name:
             agent = (
@@ -101,9 +106,9 @@ def authenticate(token: str | None, *, door: str = "", ip: str | None = None, re
     if len(body) != 88 or not body.isascii() or not hmac.compare_digest(_checksum(public + secret), checksum):
         raise Unauthenticated("That is not one of this installation's keys: it is mistyped or cut off.")
     key = next(iter(_by_public(public)), None)
-    if key is None or not hmac.compare_digest(key.digest, digest_of(secret)) or not key.is_live:
+    if key is None:
         raise Unauthenticated("The key is unknown, expired or revoked.")
-    return Caller(
+    caller = Caller(
         team=key.team,
         agent=key.agent,
         key=key,
@@ -112,6 +117,9 @@ def authenticate(token: str | None, *, door: str = "", ip: str | None = None, re
         ip=ip,
         request_id=request_id,
     )
+    if not hmac.compare_digest(key.digest, digest_of(secret)) or not key.is_live:
+        raise caller.denied(Unauthenticated("The key is unknown, expired or revoked."))
+    return caller
 
 
 def bearer(headers) -> str | None:

@@ -28,6 +28,7 @@ from executions.reports import bills, exports, spend, totals
 
 DAYS = 30
 SERIES = 4  # of the chart; the rest is one more
+SHORT = 14  # days: a longer table starts folded
 TOP = 20  # lines of a table; the files have them all
 BATCHES = 5  # of usage rows that a page may still add up itself
 BY = {
@@ -97,7 +98,12 @@ def report(request: HttpRequest, model_admin: Any) -> HttpResponse:
         links.append(("FOCUS 1.2" if name == "focus" else name.upper(), f"?{query.urlencode()}"))
     forecast = spend.forecast(today, **period.scope)
     aliases = list(
-        dict.fromkeys([*settings.SANDBOXES, *Rate.objects.order_by("backend").values_list("backend", flat=True)])
+        dict.fromkeys(
+            [
+                *settings.SANDBOXES,
+                *Rate.objects.exclude(nano_usd=0).order_by("backend").values_list("backend", flat=True),
+            ]
+        )
     )
     context = {
         **admin.site.each_context(request),
@@ -108,6 +114,7 @@ def report(request: HttpRequest, model_admin: Any) -> HttpResponse:
         "total": whole.charged_nano_usd,
         "numbers": numbers(whole, forecast, today),
         "days": len(period.days),
+        "short": len(period.days) <= SHORT,
         "by": by,
         "chart": charts.spend(table),
         "table": table,
@@ -140,12 +147,12 @@ def numbers(whole: spend.Line, forecast: spend.Forecast, today: date) -> list[di
         {
             "label": kind.capitalize(),
             "nano_usd": whole.split[kind],
-            "note": f"{show.seconds(whole.split_us[kind] / 1_000_000)}: {words}",
+            "note": f"{show.seconds(whole.split_us[kind] / 1_000_000)} · {words}",
         }
         for kind, words in said.items()
     ]
     if whole.unpriced_us:
-        note = f"{show.seconds(whole.unpriced_us / 1_000_000)}: budgets were charged {usd(whole.unpriced_nano_usd)}"
+        note = f"{show.seconds(whole.unpriced_us / 1_000_000)} · budgets were charged {usd(whole.unpriced_nano_usd)}"
         found.append({"label": "Unpriced", "nano_usd": None, "note": note})
     if forecast.days_known:
         note = f"{usd(forecast.so_far_nano_usd)} so far; each coming day as the same weekday of the last seven"
@@ -183,7 +190,7 @@ def shares(period: spend.Period, *groups: str) -> list[dict[str, Any]]:
             "line": line,
             "nano_usd": line.charged_nano_usd,
             "percent": round(100 * line.charged_nano_usd / whole, 1),
-            "split": [line.split[kind] for kind in spend.KINDS],
+            "split": [line.shown_of(kind) for kind in spend.KINDS],
         }
         for line in found[:TOP]
     ]

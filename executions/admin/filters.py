@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
 from unfold.contrib.filters.admin import DropdownFilter
@@ -106,3 +106,25 @@ class KeyStanding(DropdownFilter):
             case "revoked":
                 return queryset.filter(revoked_at__isnull=False)
         return queryset
+
+
+class What(DropdownFilter):
+    """Kinds of audit events, by what their names begin or end with."""
+
+    title = "what"
+    parameter_name = "what"
+    KINDS = {
+        "configuration": ("configuration", Q(action__endswith="_changed") | Q(action__endswith="_made") | Q(action__endswith="_deleted")),
+        "sign_ins": ("sign-ins", Q(action__startswith="sign_")),
+        "denials": ("denials", Q(action__in=["access_denied", "sign_in_failed"])),
+        "reads": ("code and output that others read", Q(action__endswith="_read")),
+        "levers": ("levers", Q(action__in=["execution_cancelled", "sandbox_killed", "key_revoked", "outage_drill", "template_rebuilt"])),
+    }  # fmt: skip
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, words) for name, (words, _) in self.KINDS.items()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet) -> QuerySet:
+        if self.value() not in self.KINDS:
+            return queryset
+        return queryset.filter(self.KINDS[self.value()][1])

@@ -21,9 +21,9 @@ from unfold.decorators import action
 
 from executions import keys, operations
 from executions.admin import show
-from executions.admin.base import Page, write_down
-from executions.errors import SandgateError
-from executions.models import Agent, ApiKey, Execution, Sandbox, Template, User
+from executions.admin.base import Page, caller_of, write_down
+from executions.errors import Conflict, SandgateError
+from executions.models import Agent, ApiKey, AuditEvent, Execution, Sandbox, Template, User
 from executions.states import EndReason, SandboxState
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,21 @@ def _revoke(request: HttpRequest, revoked: list[ApiKey], reason: str) -> str:
     return f"{plural(count, 'key')} revoked: programs that send them are refused."
 
 
+def _revert(request: HttpRequest, events: list[AuditEvent], reason: str) -> str:
+    taken, refused = 0, []
+    for event in events:
+        model = operations.model_of(event)
+        if model is not None and not request.user.has_perm(f"executions.change_{model._meta.model_name}"):
+            refused.append(f"{event.seq}: that needs the permission to change such rows.")
+            continue
+        try:
+            operations.revert(event, caller=caller_of(request, event.team), reason=reason)
+            taken += 1
+        except Conflict as no:
+            refused.append(f"{event.seq}: {no.detail}")
+    return " ".join([f"{plural(taken, 'change')} taken back.", *refused])
+
+
 def _sign_in(request: HttpRequest, people: list[User], reason: str) -> str | HttpResponse:
     person = people[0]
     path = keys.make_sign_in_link(person)
@@ -308,6 +323,17 @@ REBUILD = Lever(
         "zygote. Until that is ready the present one serves; sandboxes that live are left alone."
     ),
     act=_rebuild,
+)
+REVERT = Lever(
+    "revert",
+    "Take back",
+    "undo",
+    applies=lambda rows: rows.filter(before__isnull=False, after__isnull=False),
+    consequence=lambda rows: (
+        f"The fields of {plural(len(rows), 'change')} get their former values again, unless they have changed since. "
+        "That is one more event; nothing is taken out of the audit."
+    ),
+    act=_revert,
 )
 SIGN_IN = Lever(
     "sign_in_link",

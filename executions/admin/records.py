@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.contrib import admin
-from django.http import HttpRequest
+from django.contrib import admin, messages
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect
 from django.utils import timezone
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesDropdownFilter
-from unfold.decorators import display
+from unfold.decorators import action, display
 
-from executions.admin import filters, show
-from executions.admin.base import RecordPage
+from executions import audit, operations
+from executions.admin import filters, levers, show
+from executions.admin.base import RecordPage, caller_of
 from executions.models import AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Package, Refusal, SignInLink
 
 
@@ -48,13 +50,39 @@ class RefusalPage(RecordPage):
 
 @admin.register(AuditEvent)
 class AuditPage(RecordPage):
-    list_display = ["action", "of", "who", "why", "ip", "age"]
-    list_filter = [filters.SinceAt, ("team", AutocompleteSelectFilter)]
+    list_display = ["seq", "action", "of", "who", "why", "ip", "age"]
+    list_display_links = ["seq", "action"]
+    list_filter = [
+        filters.SinceAt,
+        filters.What,
+        ("actor", AutocompleteSelectFilter),
+        ("team", AutocompleteSelectFilter),
+    ]
     list_select_related = ["actor", "key"]
     search_fields = ["action__startswith", "subject", "actor__username", "reason"]
     search_help_text = "What was done, to which id, by whom, or why."
-    ordering = ["-id"]
-    fields = readonly_fields = ["action", "of", "who", "why", "ip", "at", "was", "became"]
+    ordering = ["-seq"]
+    fields = ["seq", "action", "of", "who", "why", "ip", "at", "changes", "undo", "follows", "hash"]
+    readonly_fields = fields
+    actions_list = ["verify", "export"]
+    actions_detail = ["revert"]
+    revert = levers.pulls(levers.REVERT)
+
+    @action(description="Verify the chain", icon="verified", url_path="verify", permissions=["view"])
+    def verify(self, request: HttpRequest) -> HttpResponse:
+        found = audit.verify()
+        if found.problem:
+            messages.error(request, f"The chain is broken. {found.problem}")
+        else:
+            messages.info(request, f"The chain is whole: {found.length} events, the last hash {found.digest[:16]}…")
+        return redirect(show.rows_of("auditevent"))
+
+    @action(description="Export", icon="download", url_path="export", permissions=["view"])
+    def export(self, request: HttpRequest) -> HttpResponse:
+        audit.record("audit_exported", caller=caller_of(request, None))
+        response = HttpResponse("".join(audit.export()), content_type="application/jsonl")
+        response["Content-Disposition"] = f'attachment; filename="audit-{timezone.localdate()}.jsonl"'
+        return response
 
     @display(description="to", ordering="subject")
     def of(self, row: AuditEvent) -> Any:
@@ -62,7 +90,7 @@ class AuditPage(RecordPage):
 
     @display(description="who")
     def who(self, row: AuditEvent) -> Any:
-        return row.actor or row.key or "the product"
+        return row.actor or row.key or ("somebody" if row.ip else "the product")
 
     @display(description="reason")
     def why(self, row: AuditEvent) -> str:
@@ -72,13 +100,33 @@ class AuditPage(RecordPage):
     def age(self, row: AuditEvent) -> Any:
         return show.when(row.at)
 
-    @display(description="before")
-    def was(self, row: AuditEvent) -> Any:
-        return show.NONE if row.before is None else show.block(show.pretty(row.before))
+    @display(description="before and after")
+    def changes(self, row: AuditEvent) -> Any:
+        """A table of what differs, or what there is."""
+        sides = [
+            side if isinstance(side, dict) else {} if side is None else {"": side} for side in (row.before, row.after)
+        ]
+        names = list(dict.fromkeys([*sides[0], *sides[1]]))
+        if not names:
+            return show.NONE
+        cells = ([side.get(name) for side in sides] for name in names)
+        lines = [
+            (name, *(show.NONE if value is None else show.mono(show.short_json(value)) for value in pair))
+            for name, pair in zip(names, cells, strict=True)
+        ]
+        return show.table(["What", "Before", "After"], lines)
 
-    @display(description="after")
-    def became(self, row: AuditEvent) -> Any:
-        return show.NONE if row.after is None else show.block(show.pretty(row.after))
+    @display(description="hash of the event before it")
+    def follows(self, row: AuditEvent) -> Any:
+        return show.whole_hash(row.previous)
+
+    @display(description="hash of this and that")
+    def hash(self, row: AuditEvent) -> Any:
+        return show.whole_hash(row.digest)
+
+    @display(description="taking it back")
+    def undo(self, row: AuditEvent) -> str:
+        return operations.why_not(row) or "Can be taken back: the button is above."
 
 
 @admin.register(IdempotencyRecord)

@@ -13,8 +13,9 @@ from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesDropdo
 from unfold.decorators import display
 from unfold.paginator import InfinitePaginator
 
+from executions import audit
 from executions.admin import filters, levers, show, story
-from executions.admin.base import RecordPage
+from executions.admin.base import RecordPage, caller_of
 from executions.models import Artifact, Attempt, Event, Execution, Transition
 
 HEAVY = ("code", "env", "files", "metadata", "error_value")
@@ -59,7 +60,10 @@ class ExecutionPage(RecordPage):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
     ) -> HttpResponse:
         execution = self.get_object(request, object_id)
-        told = story.tell(execution) if execution and self.has_view_permission(request, execution) else {}
+        told = {}
+        if execution and self.has_view_permission(request, execution):
+            audit.seen("code", caller=caller_of(request, execution.team), of=execution)
+            told = story.tell(execution)
         return super().change_view(request, object_id, form_url, {**(extra_context or {}), **told})
 
     @display(description="execution", ordering="id")
@@ -141,6 +145,19 @@ class EventPage(RecordPage):
     paginator = InfinitePaginator
     fields = ["run", "seq", "kind", "age", "whole"]
     readonly_fields = fields
+
+    def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+        if self.has_view_permission(request):
+            audit.once("output_read", caller=caller_of(request, None), subject="the list of events")
+        return super().changelist_view(request, extra_context)
+
+    def change_view(
+        self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
+    ) -> HttpResponse:
+        event = self.get_object(request, object_id)
+        if event and self.has_view_permission(request, event):
+            audit.seen("output", caller=caller_of(request, event.execution.team), of=event.execution)
+        return super().change_view(request, object_id, form_url, extra_context)
 
     @display(description="execution")
     def run(self, row: Event) -> Any:

@@ -213,6 +213,16 @@ def pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
+def whole_hash(digest: str) -> SafeString | str:
+    return format_html('<span class="sg-mono sg-hash">{}</span>', digest) if digest else NONE
+
+
+def short_json(value: Any) -> str:
+    """One line, at most 300 characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
 def block(text: str) -> SafeString:
     """Text as it is, escaped; at most 200,000 characters."""
     return format_html('<pre class="sg-pre" tabindex="0">{}</pre>', text[:200_000])

@@ -11,7 +11,9 @@ from django.core.exceptions import RequestDataTooBig
 from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException, MethodNotAllowed, ParseError, ValidationError
 
-from executions.errors import Forbidden, Invalid, NotFound, SandgateError, TooLarge, Unauthenticated
+from executions import audit
+from executions.errors import Forbidden, Invalid, NotFound, Refused, SandgateError, TooLarge, Unauthenticated
+from executions.hop import rows
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,10 @@ def answers(view):
         try:
             return await view(request, *args, **kwargs)
         except Exception as e:
-            return problem(translated(e), request)
+            error = translated(e)
+            if isinstance(error, Refused) and error.caller is not None:
+                await rows(audit.denied, error)
+            return problem(error, request)
 
     answering.csrf_exempt = True  # type: ignore[attr-defined]
     return answering
@@ -74,7 +79,10 @@ def translated(error: Exception) -> SandgateError:
 
 def handler(error: Exception, context: dict) -> HttpResponse:
     """DRF's EXCEPTION_HANDLER."""
-    return problem(translated(error), context["request"]._request)
+    said = translated(error)
+    if isinstance(said, Refused) and said.caller is not None:
+        audit.denied(said)
+    return problem(said, context["request"]._request)
 
 
 def not_found(request, exception=None):

@@ -18,7 +18,7 @@ from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 from django.utils import timezone
 
-from executions import costs, journal, keys, operations
+from executions import audit, costs, journal, keys, operations
 from executions.errors import Invalid, NotFound, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.models import Event, Execution, Sandbox
@@ -229,8 +229,10 @@ class ExecutionSocket(Socket):
 
     def find(self) -> None:
         self.id = self.scope["url_route"]["kwargs"]["execution_id"]
-        if not Execution.objects.filter(pk=self.id, team=self.caller.team).exists():
+        found = Execution.objects.select_related("agent").filter(pk=self.id, team=self.caller.team).first()
+        if found is None:
             raise NotFound
+        audit.seen("output", caller=self.caller, of=found)
 
     def start_after(self, after: dict[str, Any]) -> None:
         super().start_after({self.id: after.get(self.id, after.get("", 0))})
@@ -249,7 +251,9 @@ class SessionSocket(Socket):
 
     def find(self) -> None:
         self.id = self.scope["url_route"]["kwargs"]["session_id"]
-        self.agent = find_session(self.caller, self.id).agent.name
+        found = find_session(self.caller, self.id)
+        audit.seen("output", caller=self.caller, of=found)
+        self.agent = found.agent.name
 
     def followed(self) -> list[Execution]:
         """The last ones at first; then the open ones, and what was born since."""

@@ -12,7 +12,7 @@ from django.http.response import HttpResponseBase
 from django.utils.http import content_disposition_header
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from executions import operations
+from executions import audit, operations
 from executions.console.frame import MemberRequest, body, member
 from executions.downloads import served
 from executions.errors import TooLarge
@@ -66,6 +66,7 @@ async def download(request: MemberRequest, session_id: str) -> StreamingHttpResp
 async def artifact(request: MemberRequest, artifact_id: str) -> HttpResponseBase:
     """A file that was kept, whole or in part."""
     kept = await rows(operations.find_artifact, request.caller, artifact_id)
+    await rows(lambda: audit.seen("artifact", caller=request.caller, of=kept.execution or kept.sandbox))
     return served(kept, request, partial(operations.artifact_pieces, kept.sha256))
 
 

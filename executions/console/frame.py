@@ -15,9 +15,9 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.utils import timezone
 
-from executions import backends, breaker, keys, quotas
+from executions import audit, backends, breaker, keys, quotas
 from executions.egress import words
-from executions.errors import Invalid, SandgateError, Unauthenticated
+from executions.errors import Invalid, Refused, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Agent, ApiKey, Membership, Quota, Sandbox, Usage
@@ -62,6 +62,8 @@ def member(view: View) -> View:
                 request.caller = await rows(who, request)  # type: ignore[attr-defined]
                 return await view(request, *args, **kwargs)
             except SandgateError as error:
+                if isinstance(error, Refused) and error.caller is not None:
+                    await rows(audit.denied, error)
                 return refused(request, error)
 
         return asynchronous
@@ -72,6 +74,8 @@ def member(view: View) -> View:
             request.caller = who(request)  # type: ignore[attr-defined]
             return view(request, *args, **kwargs)
         except SandgateError as error:
+            if isinstance(error, Refused) and error.caller is not None:
+                audit.denied(error)
             return refused(request, error)
 
     return synchronous

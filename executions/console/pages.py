@@ -13,7 +13,7 @@ from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 
-from executions import backends, demand, quotas
+from executions import audit, backends, demand, quotas
 from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
@@ -150,6 +150,7 @@ def find_run(caller: Caller, execution_id: str) -> Execution:
 @require_GET
 def run(request: MemberRequest, execution_id: str) -> HttpResponse:
     found = find_run(request.caller, execution_id)
+    audit.seen("code", caller=request.caller, of=found)
     problem = f"{found.error_value} ({found.error_code})" if found.error_code else ""
     said = [EventKind.STDOUT, EventKind.STDERR, EventKind.RESULT, EventKind.ERROR]
     return page(
@@ -193,6 +194,7 @@ def timeline(run: Execution) -> dict[str, Any]:
 def output(request: MemberRequest, execution_id: str) -> HttpResponse:
     """All that it printed, stdout and stderr in order, as a file."""
     found = find_run(request.caller, execution_id)
+    audit.seen("output", caller=request.caller, of=found)
     texts = found.events.filter(kind__in=[EventKind.STDOUT, EventKind.STDERR]).order_by("seq")
     whole = "".join(data["text"] for data in texts.values_list("data", flat=True))
     response = HttpResponse(whole.encode(errors="replace"), content_type="text/plain; charset=utf-8")

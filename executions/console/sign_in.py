@@ -26,16 +26,17 @@ def how(request: HttpRequest) -> HttpResponse:
 def redeem(request: HttpRequest, token: str) -> HttpResponse:
     user = None if "prefetch" in request.headers.get("Sec-Purpose", "") else keys.redeem_sign_in(token)
     if user is None:
+        if "Sec-Purpose" not in request.headers:
+            audit.once(
+                "sign_in_failed", subject="a link that is used, old or unknown", ip=request.META.get("REMOTE_ADDR")
+            )
         return render(request, "console/sign_in.html", {"used": True}, status=410)
     wanted = request.session.get("next", "/")
     login(request, user, backend="django.contrib.auth.backends.ModelBackend")
-    audit.record("sign_in", actor=user, subject=user.get_username())
     return redirect(wanted)
 
 
 @require_POST
 def out(request: HttpRequest) -> HttpResponse:
-    if request.user.is_authenticated:
-        audit.record("sign_out", actor=request.user, subject=request.user.get_username())
     logout(request)
     return redirect("/sign-in")

@@ -10,6 +10,7 @@ from executions.operations.environment import backend_states, environment, limit
 from executions.operations.install import install
 from executions.operations.pausing import pause, wake
 from executions.operations.reap import reap, retire
+from executions.operations.reverts import model_of, revert, why_not
 from executions.operations.run import Run, drain, running, start
 from executions.operations.sessions import (
     end_session,
@@ -53,6 +54,7 @@ __all__ = [
     "limits",
     "list_files",
     "mistakes",
+    "model_of",
     "nudge",
     "offer",
     "open_session",
@@ -69,6 +71,7 @@ __all__ = [
     "restart_session",
     "resume_session",
     "retire",
+    "revert",
     "running",
     "seed",
     "start",
@@ -76,4 +79,5 @@ __all__ = [
     "template_states",
     "wait",
     "wake",
+    "why_not",
 ]

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from django.conf import settings
 from django.db import transaction
 
-from executions import keys
+from executions import audit, keys
 from executions.costs import NANO
 from executions.models import Agent, Membership, Quota, Rate, Team, Template, User
 from executions.states import Role, Scope, Unit, Window
@@ -58,7 +58,8 @@ def first_start() -> FirstStart | None:
     Quota.objects.create(team=team, unit=Unit.NANO_USD, window=Window.DAY, limit=5 * NANO)
     Quota.objects.create(team=team, unit=Unit.CONCURRENT_EXECUTIONS, window=Window.TOTAL, limit=64)
     Quota.objects.create(team=team, unit=Unit.CONCURRENT_SANDBOXES, window=Window.TOTAL, limit=64)
-    _, token = keys.make_key(team=team, agent=agent, name="first key", scopes=[Scope.RUN, Scope.READ])
+    key, token = keys.make_key(team=team, agent=agent, name="first key", scopes=[Scope.RUN, Scope.READ])
+    audit.record("key_made", subject=key.pk, after={"name": key.name, "agent": agent.name}, reason="the first start")
     return FirstStart(token, keys.make_sign_in_link(operator), agent.name, team.name)
 
 

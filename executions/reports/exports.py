@@ -33,7 +33,7 @@ def as_dict(line: Line, groups: Sequence[str]) -> dict[str, Any]:
         "unpriced_charged_nano_usd": line.unpriced_nano_usd,
     }
     if "kind" not in groups:
-        told |= {f"{kind}_nano_usd": line.split[kind] for kind in KINDS}
+        told |= {f"{kind}_nano_usd": line.shown_of(kind) for kind in KINDS}
     return told
 
 

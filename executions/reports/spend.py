@@ -70,6 +70,7 @@ class Line:
     stretches: int = 0
     split: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     split_us: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    unpriced_kinds: set[str] = field(default_factory=set)
 
     @property
     def charged_nano_usd(self) -> int:
@@ -80,6 +81,10 @@ class Line:
     def shown_nano_usd(self) -> int | None:
         """None where nothing in it had a price: unpriced is not zero."""
         return None if self.unpriced_us and self.unpriced_us == self.duration_us else self.nano_usd
+
+    def shown_of(self, kind: str) -> int | None:
+        """As `shown_nano_usd`, of one kind."""
+        return None if kind in self.unpriced_kinds and not self.split[kind] else self.split[kind]
 
     @property
     def seconds(self) -> float:
@@ -94,6 +99,7 @@ class Line:
         else:
             self.unpriced_nano_usd += nano_usd
             self.unpriced_us += us
+            self.unpriced_kinds.add(kind)
         self.duration_us += us
         self.split_us[kind] += us
         self.vcpu_us += vcpu_us

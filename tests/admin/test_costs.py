@@ -126,6 +126,8 @@ def test_a_backend_without_rates_is_named_and_its_costs_are_unpriced(office, age
 
     assert "Unpriced: scripted has no rate" in shown
     assert "budgets were charged $0.001" in shown
+    (row,) = office.get(reverse(ADDRESS)).context["tables"][1][2]
+    assert row["split"] == [None, 0, 0, 0]
 
 
 def bill(text: str, name: str = "bill.csv") -> SimpleUploadedFile:

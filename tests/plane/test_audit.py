@@ -15,7 +15,7 @@ from django.utils import timezone
 from executions import audit, keys
 from executions.errors import Conflict
 from executions.models import Agent, AuditEvent, AuditHead, Quota
-from executions.operations import revert
+from executions.operations import reverts
 
 pytestmark = pytest.mark.django_db
 
@@ -173,15 +173,15 @@ def changed(row, **fields) -> AuditEvent:
 def test_a_change_of_plain_fields_is_taken_back_and_that_is_written_down(agent, operator):
     event = changed(agent, route=["e2b"], timeout_seconds=5, description="x")
 
-    revert.revert(event, caller=operator, reason="too short")
+    reverts.revert(event, caller=operator, reason="too short")
 
     agent.refresh_from_db()
     assert (agent.route, agent.timeout_seconds, agent.description) == ([], 60, "")
     last = AuditEvent.objects.latest("seq")
     assert (last.before, last.after) == (event.after, event.before)
     assert (last.actor, last.reason) == (operator.person, f"takes back event {event.seq}: too short")
-    assert revert.why_not(last) == ""
-    revert.revert(last, caller=operator, reason="after all")
+    assert reverts.why_not(last) == ""
+    reverts.revert(last, caller=operator, reason="after all")
     agent.refresh_from_db()
     assert agent.timeout_seconds == 5
 
@@ -191,11 +191,11 @@ def test_a_moment_and_a_row_that_is_pointed_to_come_back_too(team, agent, operat
     until = timezone.now() + timedelta(days=1)
     event = changed(quota, raised_by=5, raised_until=until, agent=None, team=team)
 
-    revert.revert(event, caller=operator, reason="no")
+    reverts.revert(event, caller=operator, reason="no")
     quota.refresh_from_db()
     assert (quota.raised_by, quota.raised_until, quota.agent, quota.team) == (0, None, agent, None)
 
-    revert.revert(AuditEvent.objects.latest("seq"), caller=operator, reason="yes")
+    reverts.revert(AuditEvent.objects.latest("seq"), caller=operator, reason="yes")
     quota.refresh_from_db()
     assert (quota.raised_until, quota.team) == (until, team)
 
@@ -214,8 +214,8 @@ def test_what_cannot_be_taken_back_says_why(agent, operator, seeded):
 
     for said, event in refused.items():
         with pytest.raises(Conflict, match=said):
-            revert.revert(event, caller=operator, reason="no")
-        assert said in revert.why_not(event)
+            reverts.revert(event, caller=operator, reason="no")
+        assert said in reverts.why_not(event)
     agent.refresh_from_db()
     assert agent.description == "two"
 
@@ -225,7 +225,7 @@ def test_former_values_that_are_not_valid_any_more_stay_former(agent, operator):
     Agent.objects.create(team=agent.team, name="etl")
 
     with pytest.raises(Conflict, match="not valid any more"):
-        revert.revert(event, caller=operator, reason="no")
+        reverts.revert(event, caller=operator, reason="no")
 
 
 @pytest.mark.django_db(transaction=True)

@@ -102,7 +102,8 @@ async def test_what_has_no_price_is_null_and_says_unpriced(call, agent):
     text = (await call(COSTS, group_by="agent", format="csv")).content.decode()
 
     assert (line["cost_usd"], line["cost_nano_usd"], line["unpriced_charged_nano_usd"]) == (None, None, 100)
-    assert text.splitlines()[1].startswith("etl,1,unpriced,,1,100")
+    assert (line["run_nano_usd"], line["boot_nano_usd"]) == (None, 0)
+    assert text.splitlines()[1] == "etl,1,unpriced,,1,100,,0,0,0"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from executions import keys
+from executions import audit, keys
 from executions.models import User
 
 
@@ -26,4 +26,6 @@ class Command(BaseCommand):
                 or "nobody; python manage.py serve makes the first"
             )
             raise CommandError(f"There is no such person. Known: {known}.")
-        self.stdout.write(settings.PUBLIC_URL + keys.make_sign_in_link(user))
+        link = settings.PUBLIC_URL + keys.make_sign_in_link(user)
+        audit.record("sign_in_link_made", subject=f"user {user.pk}", reason="by the command line")
+        self.stdout.write(link)
