@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.db import transaction
 from django.db.models import Count, Q
 from django.utils import timezone
 
@@ -67,9 +68,8 @@ async def outage_drill(
     refused_before = await rows(_refusals)
     report = Report(alias, timezone.now())
     hear(f"{alias} is out from now on, as a drill; what runs there goes on.")
-    await rows(breaker.drill, alias, by=by, seconds=seconds)
-    await rows(audit.record, "outage_drill", subject=alias, after={"seconds": seconds}, reason=f"by {by}")
     try:
+        await rows(_begin, alias, by, seconds)
         await _until(report.began_at + timedelta(seconds=seconds), lambda: _note_opening(report, hear))
     finally:
         await rows(breaker.lift, alias)
@@ -79,6 +79,12 @@ async def outage_drill(
     await rows(_count, report, refused_before)
     await _settled(report)
     return report
+
+
+@transaction.atomic(durable=True)
+def _begin(alias: str, by: str, seconds: float) -> None:
+    breaker.drill(alias, by=by, seconds=seconds)
+    audit.record("outage_drill", subject=alias, after={"seconds": seconds}, reason=f"by {by}")
 
 
 async def _until(ends: datetime, seen: Callable[[], bool]) -> None:
