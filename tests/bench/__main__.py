@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import servers
-from tests.bench import double
+from tests.bench import double, peers
 from tests.bench import node as at_node
-from tests.bench import peers
 from tests.bench.load import Figures, drive, one, request
 from tests.bench.node import CELL, SMALL
 from tests.bench.table import HEAD, at_most, show, times

@@ -285,6 +285,9 @@ MATRIX = {  # route: (method, what Ada's full key gets, a read-only key, Eve's k
     "api/v1/backends": ("GET", 200, 200, 200),
     "api/v1/environment": ("GET", 200, 200, 200),
     "api/v1/limits": ("GET", 200, 200, 200),
+    "api/v1/usage": ("GET", 200, 200, 200),
+    "api/v1/costs": ("GET", 200, 200, 200),
+    "api/v1/audit": ("GET", 200, 403, 200),
     "api/v1/refusals": ("GET", 200, 200, 200),
 }
 BODIES = {
