@@ -7,7 +7,6 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from django.db.models import Count, Q, QuerySet, Sum
-from django.db.models.functions import TruncDate
 from django.http import HttpResponse, QueryDict
 from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
@@ -21,8 +20,9 @@ from executions.costs import usd
 from executions.egress import words
 from executions.errors import NotFound
 from executions.keys import Caller
-from executions.models import Agent, Execution, Quota, Sandbox, Template, Usage
+from executions.models import Agent, Execution, Quota, Sandbox, Template
 from executions.operations import artifacts_of, find_session
+from executions.reports import spend, totals
 from executions.states import LANGUAGES, EventKind, ExecutionState, Scope, Unit
 
 PAGE = 50
@@ -223,19 +223,16 @@ def usage(request: MemberRequest) -> HttpResponse:
     zone = ZoneInfo(caller.team.time_zone)
     today = timezone.now().astimezone(zone).date()
     days = [today - timedelta(days=back) for back in reversed(range(DAYS))]
-    since = datetime.combine(days[0], datetime.min.time(), tzinfo=zone)
-    metered = Usage.objects.filter(team=caller.team, at__gte=since)
+    totals.roll_up(batches=2)
     names = {a.pk: agent_name(a) for a in Agent.objects.filter(team=caller.team).select_related("person")}
-    lines = [
-        {"day": day, "agent": names[agent], "backend": backend, "duration_us": duration, "cost_nano_usd": cost}
-        for day, agent, backend, duration, cost in metered.annotate(day=TruncDate("at", tzinfo=zone))
-        .values_list("day", "agent", "backend")
-        .annotate(duration=Sum("duration_us"), cost=Sum("cost_nano_usd"))
-        .order_by("-day", "agent__name", "backend")
-    ]
+    spent = spend.lines(spend.Period(days[0], today, caller.team), "day", "agent_id", "backend")
     by_day = dict.fromkeys(days, 0)
-    for line in lines:
-        by_day[line["day"]] = by_day.get(line["day"], 0) + line["cost_nano_usd"]
+    lines = []
+    for line in spent:
+        day, agent, backend = line.keys
+        by_day[day] += line.charged_nano_usd
+        lines.append({"day": day, "agent": names[agent], "backend": backend, "line": line})
+    lines.sort(key=lambda line: (-line["day"].toordinal(), line["agent"], line["backend"]))
     midnight = datetime.combine(today, datetime.min.time(), tzinfo=zone)
     open_sandboxes = Sandbox.objects.open().filter(team=caller.team)
     return page(
@@ -244,8 +241,8 @@ def usage(request: MemberRequest) -> HttpResponse:
         "usage",
         days=_bars(by_day),
         lines=lines,
-        total=sum(line["cost_nano_usd"] for line in lines),
-        total_seconds=sum(line["duration_us"] for line in lines),
+        total=sum(line.charged_nano_usd for line in spent),
+        total_seconds=sum(line.duration_us for line in spent),
         reserved=open_sandboxes.aggregate(total=Sum("reserved_nano_usd"))["total"] or 0,
         runs_today=Execution.objects.filter(team=caller.team, created_at__gte=midnight).count(),
         quotas=[_quota_line(quota) for quota in quotas.of(caller)],
