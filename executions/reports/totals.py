@@ -138,16 +138,19 @@ def midnight(day: date, zone: str) -> datetime:
 
 def _store(sums: Sums) -> None:
     """Grow the totals, in one order, so that two processes never wait for each other."""
-    quote, table = connection.ops.quote_name, CostTotal._meta.db_table
-    fields: list[Any] = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
-    columns = [quote(field.column) for field in fields]
+    ops, table = connection.ops, CostTotal._meta.db_table
+    names: list[Any] = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
+    columns = [ops.quote_name(field.column) for field in names]
     key = ", ".join(columns[: len(CostTotal.KEY)])
     grown = ", ".join(f"{c} = {table}.{c} + excluded.{c}" for c in columns[len(CostTotal.KEY) :])
     places = f"({', '.join(['%s'] * len(columns))})"
-    ordered = [(*key, *sums[key]) for key in sorted(sums)]
+    ordered = sorted(sums)
     for start in range(0, len(ordered), AT_ONCE):
-        batch = ordered[start : start + AT_ONCE]
-        values = [f.get_db_prep_save(v, connection) for row in batch for f, v in zip(fields, row, strict=True)]
+        batch, values = ordered[start : start + AT_ONCE], []
+        for grain, by, day, team, label, begun, *what in batch:
+            moments = ops.adapt_datefield_value(day), ops.adapt_datetimefield_value(begun)
+            values += [grain, by, moments[0], team, label, moments[1], *what]
+            values += sums[grain, by, day, team, label, begun, *what]
         with connection.cursor() as cursor:
             cursor.execute(
                 f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([places] * len(batch))}"
