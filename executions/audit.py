@@ -22,7 +22,6 @@ from django.utils import timezone
 from executions.models import AuditEvent, AuditHead, Execution, Sandbox
 
 if TYPE_CHECKING:
-    from executions.errors import Refused
     from executions.keys import Caller
 
 SECRET = ("password", "secret", "token", "digest")  # anywhere in a name
@@ -82,11 +81,21 @@ def once(action: str, *, caller: Caller | None = None, subject: str = "", **fact
         record(action, caller=caller, subject=subject, **facts)
 
 
-def denied(error: Refused) -> None:
-    """Somebody who is known asked for what they may not have, or with a key that is no longer good."""
-    caller: Caller = error.caller
+def denied(error: Exception) -> None:
+    """Write down that somebody who is known asked for what they may not have, or with a key that is no longer good.
+
+    Any other error is let pass: doors may give this whatever they answer with.
+    """
+    if not tells(error):
+        return
+    caller: Caller = error.caller  # type: ignore[attr-defined]
     subject = caller.key.pk if caller.key else caller.person.get_username() if caller.person else ""
-    once("access_denied", caller=caller, subject=subject, reason=error.detail)
+    once("access_denied", caller=caller, subject=subject, reason=str(error))
+
+
+def tells(error: Exception) -> bool:
+    """Whether it is a denial that belongs here: spares a door the hop to the database."""
+    return getattr(error, "caller", None) is not None
 
 
 def seen(what: str, *, caller: Caller, of: Execution | Sandbox) -> None:

@@ -12,7 +12,7 @@ from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException, MethodNotAllowed, ParseError, ValidationError
 
 from executions import audit
-from executions.errors import Forbidden, Invalid, NotFound, Refused, SandgateError, TooLarge, Unauthenticated
+from executions.errors import Forbidden, Invalid, NotFound, SandgateError, TooLarge, Unauthenticated
 from executions.hop import rows
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def answers(view):
             return await view(request, *args, **kwargs)
         except Exception as e:
             error = translated(e)
-            if isinstance(error, Refused) and error.caller is not None:
+            if audit.tells(error):
                 await rows(audit.denied, error)
             return problem(error, request)
 
@@ -80,8 +80,7 @@ def translated(error: Exception) -> SandgateError:
 def handler(error: Exception, context: dict) -> HttpResponse:
     """DRF's EXCEPTION_HANDLER."""
     said = translated(error)
-    if isinstance(said, Refused) and said.caller is not None:
-        audit.denied(said)
+    audit.denied(said)
     return problem(said, context["request"]._request)
 
 

@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from executions import audit, backends, breaker, keys, quotas
 from executions.egress import words
-from executions.errors import Invalid, Refused, SandgateError, Unauthenticated
+from executions.errors import Invalid, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Agent, ApiKey, Membership, Quota, Sandbox, Usage
@@ -62,7 +62,7 @@ def member(view: View) -> View:
                 request.caller = await rows(who, request)  # type: ignore[attr-defined]
                 return await view(request, *args, **kwargs)
             except SandgateError as error:
-                if isinstance(error, Refused) and error.caller is not None:
+                if audit.tells(error):
                     await rows(audit.denied, error)
                 return refused(request, error)
 
@@ -74,8 +74,7 @@ def member(view: View) -> View:
             request.caller = who(request)  # type: ignore[attr-defined]
             return view(request, *args, **kwargs)
         except SandgateError as error:
-            if isinstance(error, Refused) and error.caller is not None:
-                audit.denied(error)
+            audit.denied(error)
             return refused(request, error)
 
     return synchronous

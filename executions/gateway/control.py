@@ -16,7 +16,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
-from executions import backends, keys, operations
+from executions import audit, backends, keys, operations
 from executions.errors import Conflict, Invalid, NoBackend, NotFound, SandgateError, SessionGone, TooLarge
 from executions.hop import rows
 from executions.keys import Caller
@@ -51,6 +51,8 @@ def answers(**views):
             return await views[request.method](request, *args, **kwargs)
         except SandgateError as e:
             error = e
+            if audit.tells(e):
+                await rows(audit.denied, e)
         except RequestDataTooBig:
             error = TooLarge("The body is larger than a request may be.")
         except Exception as e:

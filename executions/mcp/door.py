@@ -16,7 +16,7 @@ from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 from django.utils.datastructures import CaseInsensitiveMapping
 
-from executions import keys
+from executions import audit, keys
 from executions.errors import Forbidden, Invalid, SandgateError
 from executions.hop import rows
 
@@ -94,6 +94,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
             ip = scope["client"][0] if scope.get("client") else None
             caller = await rows(_authenticated, headers, ip, request_id)
         except SandgateError as e:
+            if audit.tells(e):
+                await rows(audit.denied, e)
             return await _problem(e, request_id, labelled)
         except Exception:
             log.exception("mcp_door_failed")

@@ -9,7 +9,9 @@ from typing import Any
 from django.conf import settings
 from pydantic import BaseModel
 
+from executions import audit
 from executions.errors import Invalid, SandgateError
+from executions.hop import rows
 from executions.mcp import answers, files, running, sessions
 from executions.mcp.answers import Answer
 from executions.mcp.call import Call
@@ -133,6 +135,8 @@ async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
         given = {key: value for key, value in arguments.items() if value is not None}  # models send null for "left out"
         return await tool.answer(call, parse(tool.arguments, given))
     except SandgateError as e:
+        if audit.tells(e):
+            await rows(audit.denied, e)
         return answers.refusal(e, call.caller.request_id)
 
 

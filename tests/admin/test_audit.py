@@ -182,7 +182,7 @@ def test_the_console_writes_down_who_reads_what_is_not_theirs(ada, bob, agent, t
     ]
 
 
-@pytest.mark.parametrize("door", ["/api/v1/executions", "/api/v1/costs"])
+@pytest.mark.parametrize("door", ["/api/v1/executions", "/api/v1/costs", "/e2b/v2/sandboxes"])
 def test_a_key_without_the_scope_and_a_revoked_one_are_written_down_once(client, agent, door):
     key, token = keys.make_key(team=agent.team, agent=agent, name="blind", scopes=["run"])
     from django.utils import timezone
