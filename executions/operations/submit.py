@@ -157,20 +157,21 @@ def _admit(
     return execution
 
 
-def begin(execution: Execution) -> bool:
-    """Start one that has waited: all that its admission would have taken is taken now. False when it waits no more.
+def begin(execution_id: str) -> Execution | None:
+    """Start one that has waited: all that its admission would have taken is taken now. None when it waits no more.
 
     Raises Refused, and nothing has changed. It comes back claimed by this process.
     """
     with transaction.atomic(durable=True), hot.together():
-        still = Execution.objects.select_for_update(skip_locked=True).filter(pk=execution.pk, state=E.QUEUED)
-        if not still.values_list("pk"):
-            return False
+        still = Execution.objects.select_for_update(skip_locked=True, of=("self",)).filter(pk=execution_id)
+        execution = still.filter(state=E.QUEUED).select_related("team", "agent__template", "key", "actor").first()
+        if execution is None:
+            return None
         caller = caller_of(execution)
         path, fields, route = _place(caller, execution, Wish(**execution.wish))
         execution.advance(*path, **fields)
         _try_first(execution, route)
-    return True
+    return execution
 
 
 def _place(

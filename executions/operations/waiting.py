@@ -84,7 +84,8 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
         if missed >= TRIES_AT_ONCE:
             continue
         try:
-            started += [execution] if begin(execution) else []
+            begun = begin(execution.pk)
+            started += [begun] if begun else []
         except Refused as refusal:
             if refusal.waits_seconds:
                 missed += 1
@@ -95,11 +96,9 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
 
 
 def _waiting() -> QuerySet[Execution]:
-    return (
-        Execution.objects.filter(state=E.QUEUED)
-        .select_related("team", "agent__template", "key", "actor", "sandbox__template", "sandbox__agent")
-        .order_by("created_at")
-    )
+    """Oldest first, without what they carry."""
+    own = ("state", "agent", "created_at", "cancel_requested_at", "cancel_reason", "waits_for", "waits_until")
+    return Execution.objects.filter(state=E.QUEUED).only(*own).order_by("created_at")
 
 
 def in_turn(waiting: Iterable[Execution]) -> Iterator[Execution]:
