@@ -85,6 +85,8 @@ def test_records_cannot_be_added_changed_or_deleted(office, template, model):
     deleted = office.post(f"{list_of(model)}{row.pk}/delete/", {"post": "yes"})
 
     assert (added.status_code, changed.status_code, deleted.status_code) == (403, 403, 403)
+    if model == "audithead":
+        return  # being refused is an event: the head moves on
     assert dict(type(row).objects.filter(pk=row.pk).values()[0]) == before
 
 
