@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -99,6 +100,9 @@ class Arena:
         self.walls: dict[str, Any] = {}
         self.isolation = backend.isolation
         self.neighbour: Handle = {}
+        self._folders: dict[
+            str, tuple[str, str]
+        ] = {}  # by sandbox, in the reduced mode: where home and temporary files lie
         self._shared: Handle | None = None
         self._live: list[Handle] = []
 
@@ -132,7 +136,17 @@ class Arena:
         )
         handle = await self.backend.create(spec)
         self._live.append(handle)
+        if self.isolation == "reduced":
+            said = await self.value(handle, "import os\n(os.environ['HOME'], os.environ['TMPDIR'])")
+            self._folders[str(handle)] = said
         return handle
+
+    def adapted(self, handle: Handle, text: str) -> str:
+        """An attack with the names of this sandbox; in the reduced mode folders have others than everywhere else."""
+        text = text.replace("@MARKER@", self.marker).replace("@REDUCED@", str(self.isolation == "reduced"))
+        if folders := self._folders.get(str(handle)):
+            text = re.sub(r"/home/user|(?<![\w.])/tmp(?=[/'\"])", lambda found: folders[found[0] == "/tmp"], text)
+        return text
 
     async def kill(self, handle: Handle) -> None:
         """Confirmed, and in time. Through where it is not."""
@@ -189,10 +203,10 @@ class Arena:
     async def _listen(self, handle: Handle, attack: Attack, ran: Ran) -> None:
         if attack.command:
             said = self.backend.run_command(
-                handle, attack.command.replace("@MARKER@", self.marker), timeout_seconds=attack.seconds
+                handle, self.adapted(handle, attack.command), timeout_seconds=attack.seconds
             )
         else:
-            code = f"{KIT}\n{attack.code.replace('@MARKER@', self.marker)}\n(through, refused)"
+            code = f"{KIT}\n{self.adapted(handle, attack.code)}\n(through, refused)"
             said = self.backend.run_code(handle, code, timeout_seconds=attack.seconds)
         async with aclosing(said) as events:  # type: ignore[type-var]
             async for event in events:
@@ -217,7 +231,7 @@ class Arena:
         ran = Ran()
         try:
             async with asyncio.timeout(seconds):
-                async for event in self.backend.run_code(handle, code, timeout_seconds=seconds):
+                async for event in self.backend.run_code(handle, self.adapted(handle, code), timeout_seconds=seconds):
                     if event.kind == "error":
                         raise Through(f"it answers with {event.data['name']}: {event.data['value'][:200]}")
                     if event.kind == "result" and event.data["main"]:
@@ -227,7 +241,6 @@ class Arena:
         return ran.value
 
     async def _must(self, handle: Handle, code: str) -> None:
-        code = code.replace("@MARKER@", self.marker)
         if (said := await self.value(handle, code)) is not True:
             raise Through(f"not whole: {said!r}")
 
@@ -276,6 +289,8 @@ class Arena:
         if ran.through:
             raise Through("; ".join(f"{way}: {got}" for way, got in ran.through.items()))
         if ran.end not in attack.ends:
+            if self.isolation == "reduced" and ran.end in ("PermissionError", "OSError"):
+                raise Skipped(f"What this attack is made of is refused here: {ran.errors[-1]['value'][:200]}")
             why = f"{ran.errors[-1]['value'][:200]}" if ran.errors else f"after {ran.seconds:.1f} s"
             raise Through(f"the run ended as {ran.end}, {why}")
         kinds = sorted(set(ran.refused.values()))

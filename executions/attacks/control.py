@@ -17,11 +17,10 @@ for pid in (1, os.getppid()):
 read, write = os.pipe()
 import fcntl
 attempt('by the owner of a pipe', lambda: fcntl.fcntl(read, fcntl.F_SETOWN, 1))
-attempt('a group', lambda: os.killpg(1, signal.SIGTERM))
 """,
     ),
     Attack(
-        "kill_everybody", ("landlock", "namespaces"), ends=("ContextRestarting", "ProcessLookupError", "PermissionError"), fresh=True,
+        "kill_everybody", ("landlock", "namespaces"), ends=("value", "ContextRestarting", "ProcessLookupError", "PermissionError"), fresh=True,
         code="os.kill(-1, signal.SIGKILL)\ntime.sleep(5)",
     ),
     Attack(
@@ -57,7 +56,7 @@ for name in ('NPROC', 'NOFILE', 'FSIZE', 'MEMLOCK', 'CORE', 'MSGQUEUE', 'SIGPEND
 attempt('a better priority', lambda: os.setpriority(os.PRIO_PROCESS, 0, -5))
 attempt('real time', lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)))
 attempt('never killed for memory', lambda: opened('/proc/self/oom_score_adj'))
-attempt('a capability', lambda: any(int(l.split()[1], 16) for l in open('/proc/self/status') if l.startswith('Cap')))
+attempt('a capability', lambda: any(int(l.split()[1], 16) for l in open('/proc/self/status') if l.startswith(('CapInh', 'CapPrm', 'CapEff', 'CapAmb'))))
 attempt('new privileges', lambda: c('prctl', 38, 0, 0, 0, 0))
 attempt('no filter', lambda: c('prctl', 22, 0, 0, 0, 0))
 attempt('an ambient capability', lambda: c('prctl', 47, 2, 21, 0, 0))

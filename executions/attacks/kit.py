@@ -58,14 +58,17 @@ def in_a_fork(act):
 
 NEIGHBOUR = r"""
 import os, socket, subprocess
-for _path in ('/home/user/@MARKER@', '/tmp/@MARKER@', '/dev/shm/@MARKER@'):
+reduced = @REDUCED@  # no sockets, shared memory and terminals there
+_paths = ['/home/user/@MARKER@', '/tmp/@MARKER@'] + ([] if reduced else ['/dev/shm/@MARKER@'])
+for _path in _paths:
     with open(_path, 'w') as _file:
         _file.write('@MARKER@')
 sleeper = subprocess.Popen(['/bin/bash', '-c', 'exec -a @MARKER@ sleep 3600'])
-abstract = socket.socket(socket.AF_UNIX)
-abstract.bind('\0@MARKER@')
-abstract.listen()
-server = socket.create_server(('127.0.0.1', 28173))
+if not reduced:
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind('\0@MARKER@')
+    abstract.listen()
+    server = socket.create_server(('127.0.0.1', 28173))
 os.environ['NEIGHBOUR'] = secret = '@MARKER@'
 standing = lambda: (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0), os.sched_getscheduler(0))
 stood = standing()
@@ -75,12 +78,12 @@ True
 NEIGHBOUR_ASKED = r"""
 import pty
 def _whole():
-    for path in ('/home/user/@MARKER@', '/tmp/@MARKER@', '/dev/shm/@MARKER@'):
+    for path in _paths:
         if open(path).read() != '@MARKER@':
             return path
     if sleeper.poll() is not None:
         return 'its process ended'
-    for asked in (abstract, server):
+    for asked in () if reduced else (abstract, server):
         asked.setblocking(False)
         try:
             return f'a stranger connected: {asked.accept()}'
@@ -88,7 +91,7 @@ def _whole():
             pass
     if secret != '@MARKER@' or standing() != stood:
         return 'its state or priority changed'
-    for descriptor in pty.openpty():
+    for descriptor in () if reduced else pty.openpty():
         os.close(descriptor)
     if subprocess.run(['true']).returncode:
         return 'it cannot start processes'

@@ -123,7 +123,7 @@ through['1.5 GiB of shared mappings'] = 'touched'
 """,
     ),
     Attack(
-        "memory_that_nobody_maps", ("cgroups", "seccomp"), limits={"memory_mib": ALLOWED_MIB}, judge=_memory_is_held, ends=ENDED, fresh=True,
+        "memory_that_nobody_maps", ("cgroups", "seccomp"), limits={"memory_mib": ALLOWED_MIB}, judge=_memory_is_held, ends=ENDED, suicide=True,
         code=_ALONE + r"""
 def behind_one_page(file=-1, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS):
     for _ in range(24):
@@ -151,7 +151,7 @@ attempt('huge pages behind single bytes in pipes', lambda: alone(in_pipes))
 """,
     ),
     Attack(
-        "memory_bomb_in_the_kernel", ("cgroups", "rlimits"), limits={"memory_mib": ALLOWED_MIB}, judge=_memory_is_held, ends=ENDED,
+        "memory_bomb_in_the_kernel", ("cgroups", "rlimits"), limits={"memory_mib": ALLOWED_MIB}, judge=_memory_is_held, ends=ENDED, suicide=True,
         code=_ALONE + r"""
 def page_tables():  # of zeros that are shared by all: a table of 4 KiB for each 2 MiB
     touched(mapped(192 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE, mmap.PROT_READ), 192 << 30, 2 << 20)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from executions import attacks
+from executions.attacks import Arena
 from executions.backends.base import Limits, SandboxSpec
 from executions.backends.local import LocalBackend
 from executions.backends.local.guest import linux, seccomp
@@ -252,6 +254,34 @@ async def test_what_is_written_is_watched_too(reduced):
         fill = "for n in range(100):\n    open(f'f{n}', 'wb').write(bytes(10 << 20))\nimport time; time.sleep(20)"
         with pytest.raises(SandboxLost):
             await run(reduced.backend, handle, fill)
+
+
+async def test_folders_too_deep_to_count_end_their_sandbox_and_hold_nobody_up(reduced):
+    deep = "import os, time\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\ntime.sleep(20)"
+    async with sandbox(reduced) as handle:
+        with pytest.raises(SandboxLost):
+            await run(reduced.backend, handle, deep)
+        why = ask(reduced.run_dir, op="fate", sandbox_id=handle["sandbox_id"])
+
+    fill = "for n in range(100):\n    open(f'f{n}', 'wb').write(bytes(10 << 20))\nimport time; time.sleep(20)"
+    async with sandbox(reduced, disk_mib=20) as other:
+        with pytest.raises(SandboxLost):  # the disks are still watched
+            await run(reduced.backend, other, fill)
+    assert why["reason"] == "disk_full"
+
+
+TRIED = (
+    "memory_bomb_in_children", "memory_that_nobody_maps", "cpu_beyond_its_share", "kill_everybody",
+    "links_on_download_paths", "signals_to_the_supervisor", "kernel_files", "files_of_others",
+)  # fmt: skip
+
+
+async def test_attacks_are_tried_here_too(reduced):
+    async with Arena(reduced.backend) as arena:
+        findings = [await arena.try_(attack) for attack in attacks.ALL if attack.name in TRIED]
+
+    assert {finding.case: (finding.verdict, finding.seen) for finding in findings if finding.verdict != "blocked"} == {}
+    assert len(findings) == len(TRIED)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -35,7 +35,11 @@ def found(path: str) -> str:
 
 def outside(path: str) -> bool:
     """Whether following this path leaves the sandbox's own folders; only asked where no mount hides the rest."""
-    return not any((os.path.realpath(path) + "/").startswith(place + "/") for place in (home, tmp))
+    try:
+        real = os.path.realpath(path)
+    except OSError:  # a link of /proc that is not ours to read
+        return True
+    return not any((real + "/").startswith(place + "/") for place in (home, tmp))
 
 
 def split(path: str) -> tuple[str, str]:

@@ -208,4 +208,4 @@ class Sandbox:
         with contextlib.suppress(FileNotFoundError):
             self.folder.rmdir()
         if self.below is not None:
-            self.below.remove_home(self.id)
+            self.below.remove_home(self.id)  # at least its name; what is in it may take long
