@@ -139,21 +139,25 @@ def midnight(day: date, zone: str) -> datetime:
 def _store(sums: Sums) -> None:
     """Grow the totals, in one order, so that two processes never wait for each other."""
     ops, table = connection.ops, CostTotal._meta.db_table
-    names: list[Any] = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
-    columns = [ops.quote_name(field.column) for field in names]
+    fields: list[Any] = [CostTotal._meta.get_field(name) for name in (*CostTotal.KEY, *CostTotal.SUMS)]
+    columns = [ops.quote_name(field.column) for field in fields]
     key = ", ".join(columns[: len(CostTotal.KEY)])
     grown = ", ".join(f"{c} = {table}.{c} + excluded.{c}" for c in columns[len(CostTotal.KEY) :])
-    places = f"({', '.join(['%s'] * len(columns))})"
     ordered = sorted(sums)
     for start in range(0, len(ordered), AT_ONCE):
-        batch, values = ordered[start : start + AT_ONCE], []
-        for grain, by, day, team, label, begun, *what in batch:
+        batch: list[list[Any]] = []
+        for grain, by, day, team, label, begun, *what in ordered[start : start + AT_ONCE]:
             moments = ops.adapt_datefield_value(day), ops.adapt_datetimefield_value(begun)
-            values += [grain, by, moments[0], team, label, moments[1], *what]
-            values += sums[grain, by, day, team, label, begun, *what]
+            batch.append([grain, by, moments[0], team, label, moments[1], *what])
+            batch[-1] += sums[grain, by, day, team, label, begun, *what]
+        if connection.vendor == "postgresql":  # a list for each column: its driver takes 10 µs for each placeholder
+            source = f"SELECT * FROM unnest({', '.join(f'%s::{field.db_type(connection)}[]' for field in fields)})"
+            values: list[Any] = [list(column) for column in zip(*batch, strict=True)]
+        else:
+            places = f"({', '.join(['%s'] * len(columns))})"
+            source = f"VALUES {', '.join([places] * len(batch))}"
+            values = [value for row in batch for value in row]
         with connection.cursor() as cursor:
             cursor.execute(
-                f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([places] * len(batch))}"
-                f" ON CONFLICT ({key}) DO UPDATE SET {grown}",
-                values,
+                f"INSERT INTO {table} ({', '.join(columns)}) {source} ON CONFLICT ({key}) DO UPDATE SET {grown}", values
             )
