@@ -292,9 +292,11 @@ async def create_v2(request: HttpRequest) -> HttpResponse:
 
 
 async def connect(request: HttpRequest, sandbox_id: str) -> HttpResponse:
-    """The deadline only ever grows."""
+    """The deadline only ever grows; a paused one is resumed."""
     caller, sandbox = await rows(_find, request, sandbox_id, Scope.RUN)
     seconds = _seconds(_body(request), 300)
+    if sandbox.state == SandboxState.PAUSED:
+        sandbox = await operations.resume_session(caller=caller, session_id=sandbox.pk)
     if timezone.now() + timedelta(seconds=seconds) > sandbox.leased_until:
         sandbox = await operations.extend_session(caller=caller, session_id=sandbox.pk, seconds=seconds)
     return _json(made(sandbox))
@@ -305,6 +307,15 @@ async def timeout(request: HttpRequest, sandbox_id: str) -> HttpResponse:
     caller, sandbox = await rows(_find, request, sandbox_id, Scope.RUN)
     seconds = _seconds(_body(request), None)
     await operations.extend_session(caller=caller, session_id=sandbox.pk, seconds=seconds)
+    return HttpResponse(status=204)
+
+
+async def pause(request: HttpRequest, sandbox_id: str) -> HttpResponse:
+    """Its memory is kept, until it is connected to. 409 where it is paused already."""
+    caller, sandbox = await rows(_find, request, sandbox_id, Scope.RUN)
+    if sandbox.state == SandboxState.PAUSED:
+        raise Conflict(f"Sandbox {sandbox_id} is paused already.")
+    await operations.pause_session(caller=caller, session_id=sandbox.pk)
     return HttpResponse(status=204)
 
 
@@ -321,7 +332,7 @@ async def kill(request: HttpRequest, sandbox_id: str) -> HttpResponse:
 
 async def unsupported(request: HttpRequest, **_: Any) -> HttpResponse:
     error = SandgateError(
-        "Pausing, forks, snapshots, metrics and another network for a living sandbox are not there.",
+        "Forks, snapshots, metrics and another network for a living sandbox are not there.",
         remedy="See docs/e2b.md.",
     )
     error.code, error.status = "unsupported", 501
@@ -382,4 +393,5 @@ sandboxes_v2 = answers(GET=list_v2, POST=create_v2)
 sandbox = answers(GET=look, DELETE=kill)
 connections = answers(POST=connect)
 timeouts = answers(POST=timeout)
+pauses = answers(POST=pause)
 not_yet = answers(GET=unsupported, POST=unsupported, PUT=unsupported, DELETE=unsupported)

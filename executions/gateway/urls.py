@@ -9,6 +9,7 @@ urlpatterns = [
     path("sandboxes/<str:sandbox_id>/connect", control.connections),
     path("v2/sandboxes/<str:sandbox_id>/connect", control.connections),
     path("sandboxes/<str:sandbox_id>/timeout", control.timeouts),
+    path("sandboxes/<str:sandbox_id>/pause", control.pauses),
     path("sandboxes/<str:sandbox_id>/<path:rest>", control.not_yet),
     path("<path:rest>", control.nothing),
 ]
