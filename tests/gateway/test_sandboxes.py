@@ -223,8 +223,12 @@ def test_a_body_that_is_not_json_is_refused(product, raw):
     assert (answer.status_code, answer.json()["code"]) == (400, 400)
 
 
-def test_pausing_says_that_it_is_not_there(sandbox):
-    with pytest.raises(SandboxException) as refused:
-        sandbox.pause()
+def test_a_paused_sandbox_is_listed_as_such_and_goes_on_where_it_was_once_connected_to(sandbox):
+    sandbox.run_code("kept = 41")
 
-    assert refused.value.status_code == 501
+    assert (sandbox.pause(), sandbox.pause()) == (True, False)
+    assert sandbox.get_info().state == "paused"
+    again = sandbox.connect()
+
+    assert again.run_code("kept + 1").text == "42"
+    assert sandbox.get_info().state == "running"
