@@ -243,14 +243,15 @@ async def test_a_template_of_its_own_content_leaves_out_a_backend_that_does_not_
     caller.agent.route = []
     row = Template(name="own", packages=["emoji"])
 
-    route = plan(caller, asked=None, language="python", template=row)
+    route = await rows(plan, caller, asked=None, language="python", template=row)
 
+    why = "template own has packages of its own and no id there: name it in e2b_template"
     assert route.aliases == ["local"]
-    assert route.skipped == [("e2b", "template own has packages of its own and no id there: name it in e2b_template")]
+    assert [(left.alias, left.why) for left in route.skipped] == [("e2b", why)]
     with pytest.raises(NoBackend, match="e2b_template"):
-        plan(caller, asked=["e2b"], language="python", template=row)
+        await rows(plan, caller, asked=["e2b"], language="python", template=row)
     row.e2b_template = "mine"
-    assert plan(caller, asked=None, language="python", template=row).aliases == ["e2b", "local"]
+    assert (await rows(plan, caller, asked=None, language="python", template=row)).aliases == ["e2b", "local"]
 
 
 @pytest.mark.parametrize(
