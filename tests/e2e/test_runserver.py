@@ -22,13 +22,13 @@ def test_migrate_and_runserver_give_the_working_product(template_python):
 
         with servers.running(command, ready="Quit the server", said=said, cwd=HOME, env=env):
             key = re.search(r"^export SANDGATE_API_KEY=(\S+)$", "".join(said), re.M).group(1)
-            answer = httpx.post(
-                f"http://127.0.0.1:{port}/api/v1/executions",
-                json={"code": "1+1"},
-                headers={"Authorization": f"Bearer {key}"},
-                timeout=60,
-                trust_env=False,
-            )
+            patient = httpx.HTTPTransport(retries=5)  # of connecting: it says so a moment before it listens
+            with httpx.Client(transport=patient, timeout=60) as http:
+                answer = http.post(
+                    f"http://127.0.0.1:{port}/api/v1/executions",
+                    json={"code": "1+1"},
+                    headers={"Authorization": f"Bearer {key}"},
+                )
 
     assert answer.status_code == 201
     assert answer.json()["state"] == "succeeded"
