@@ -103,11 +103,16 @@ def test_every_command_is_documented():
     assert {name for name in commands if name not in pages} == set()
 
 
-@pytest.mark.parametrize("host", ["pypi.org/simple", "files.pythonhosted.org", "registry.npmjs.org"])
+@pytest.mark.parametrize("host", [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org")], ids="".join)
 def test_no_file_names_a_registry(host):
-    naming = subprocess.run(
-        ["git", "grep", "-lF", host, "--", ":!tests/test_house.py"], cwd=HOME, capture_output=True, text=True
-    )
+    naming = subprocess.run(["git", "grep", "-liF", ".".join(host)], cwd=HOME, capture_output=True, text=True)
+
+    assert naming.stdout == ""
+
+
+def test_no_lock_names_a_folder_of_the_machine_that_made_it():
+    locks = ["git", "grep", "-nE", r"^ *# .* /|@ file:", "--", "*requirements.txt", "*peers.txt", "*data.txt"]
+    naming = subprocess.run(locks, cwd=HOME, capture_output=True, text=True)
 
     assert naming.stdout == ""
 

@@ -48,14 +48,14 @@ def test_an_agents_lists_are_typed_with_commas_and_stored_as_lists(office, agent
 
 
 def test_network_rules_are_stored_in_their_one_form(office, agent):
-    typed = "PyPI.org., *.Example.org:8443 bücher.example"
+    typed = "Data.Example., *.Example.org:8443 bücher.example"
 
     answer = save(office, agent, {**AGENT, **NO_ROWS, "network_allow": typed})
 
     assert answer.status_code == 302
     agent.refresh_from_db()
-    assert agent.network_allow == ["pypi.org", "*.example.org:8443", "xn--bcher-kva.example"]
-    assert "pypi.org, *.example.org:8443" in office.get(answer["Location"] + f"{agent.pk}/change/").content.decode()
+    assert agent.network_allow == ["data.example", "*.example.org:8443", "xn--bcher-kva.example"]
+    assert "data.example, *.example.org:8443" in office.get(answer["Location"] + f"{agent.pk}/change/").content.decode()
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ def typed(template, **fields) -> dict:
 
 
 def test_a_pool_is_made_with_a_budget_of_its_own_and_written_down(office, template):
-    answer = office.post(f"{LIST}add/", typed(template, dollars_a_day="1.50", network_allow="PyPI.org"))
+    answer = office.post(f"{LIST}add/", typed(template, dollars_a_day="1.50", network_allow="Data.Example"))
 
     assert answer.status_code == 302, answer.context["adminform"].form.errors
     made = Pool.objects.get()
-    assert (made.target, made.network_allow) == (3, ["pypi.org"])
+    assert (made.target, made.network_allow) == (3, ["data.example"])
     quota = Quota.objects.get()
     assert (quota.agent, quota.limit) == (made.agent, 1_500_000_000)
     assert made.agent.team.name == pool.ACCOUNT

@@ -54,7 +54,7 @@ async def run(backend, handle, code="#= 1", **options):
 
 
 async def test_a_create_says_whose_it_is_for_how_long_and_what_it_may_reach(double, backend):
-    spec = contract.spec(env={"A": "1"}, metadata={"sandgate_agent": "agt_1"}, network_allow=("pypi.org",))
+    spec = contract.spec(env={"A": "1"}, metadata={"sandgate_agent": "agt_1"}, network_allow=("data.example",))
     async with contract.sandbox(backend, **vars_of(spec)) as handle:
         from e2b_code_interpreter import Sandbox
 
@@ -62,7 +62,7 @@ async def test_a_create_says_whose_it_is_for_how_long_and_what_it_may_reach(doub
         told = double.live()[spec.sandbox_id]
 
     assert info.metadata == {"sandgate_agent": "agt_1", "managed_by": "sandgate", "sandgate_sandbox": spec.sandbox_id}
-    assert info.network["allow_out"] == ["pypi.org"]
+    assert info.network["allow_out"] == ["data.example"]
     assert info.network["deny_out"] == ["0.0.0.0/0"]
     assert told["templateID"] == "code-interpreter-v1"
 

@@ -83,9 +83,9 @@ def test_the_team_sees_its_own(ada, bob, session, run):
 
 
 def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
-    Sandbox.objects.filter(pk=run.sandbox_id).update(network_allow=["pypi.org"])
+    Sandbox.objects.filter(pk=run.sandbox_id).update(network_allow=["data.example"])
     Egress.objects.create(
-        sandbox_id=run.sandbox_id, execution=run, number=1, host="pypi.org", port=443, address="192.0.2.1", verdict="allowed",
+        sandbox_id=run.sandbox_id, execution=run, number=1, host="data.example", port=443, address="192.0.2.1", verdict="allowed",
         bytes_out=10, bytes_in=2048,
     )  # fmt: skip
     Egress.objects.create(
@@ -94,8 +94,8 @@ def test_a_runs_page_tells_what_went_out_and_what_was_refused(ada, run):
 
     page = as_(ada).get(f"/runs/{run.pk}").content.decode()
 
-    assert 'Network <span class="muted">pypi.org</span>' in page
-    assert "pypi.org:443</code> 10 B out, 2.0 kB in" in page
+    assert 'Network <span class="muted">data.example</span>' in page
+    assert "data.example:443</code> 10 B out, 2.0 kB in" in page
     assert "&lt;b&gt;evil:443</code> 3 times: no rule" in page
 
 

@@ -162,12 +162,12 @@ except requests.exceptions.ConnectionError as e:
 said.append(requests.get('http://example.com/', timeout=5).text)
 said
 """
-    async with sandbox(backend, "pypi.org", "*.example.org") as handle:
+    async with sandbox(backend, "data.example", "*.example.org") as handle:
         said = await value(backend, handle, code)
         records = await backend.egress(handle)
 
     for text, port in zip(said, (443, 443, 80), strict=True):
-        assert f"Sandgate: agent etl may not reach example.com:{port}; allowed are: pypi.org, *.example.org" in text
+        assert f"Sandgate: agent etl may not reach example.com:{port}; allowed are: data.example, *.example.org" in text
     assert told(records) == [("example.com", 443, "denied", 2), ("example.com", 80, "denied", 1)]
 
 
@@ -193,7 +193,7 @@ async def test_ways_out_and_their_ledgers_do_not_mix(backend, web):
     code = CONNECT + f"connect('{OUTSIDE}:{web}')[1]"
     async with (
         sandbox(backend, f"{OUTSIDE}:{web}", agent="one") as one,
-        sandbox(backend, "pypi.org", agent="two") as two,
+        sandbox(backend, "data.example", agent="two") as two,
     ):
         async with sandbox(backend) as none:
             said = [await value(backend, handle, code) for handle in (one, two)]
@@ -270,7 +270,7 @@ async def test_the_end_of_a_sandbox_ends_its_connections_and_keeps_its_ledger(ba
 
 
 async def test_what_was_told_is_not_told_again(backend):
-    async with sandbox(backend, "pypi.org") as handle:
+    async with sandbox(backend, "data.example") as handle:
         await value(backend, handle, CONNECT + "connect('one.example:443')[1]")
         first = await backend.egress(handle)
         await value(backend, handle, CONNECT + "[connect(f'host{n}.example:443')[1] for n in range(120)][0]")

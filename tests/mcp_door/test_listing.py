@@ -41,15 +41,17 @@ async def test_descriptions_and_arguments_say_what_this_agent_may_do(agent, key)
 
 
 async def test_descriptions_and_the_environment_say_what_code_may_reach(agent, key):
-    await Agent.objects.filter(pk=agent.pk).aupdate(network_allow=["pypi.org", "*.example.org"])
+    await Agent.objects.filter(pk=agent.pk).aupdate(network_allow=["data.example", "*.example.org"])
 
     async with connected(key) as mcp:
         run = next(tool for tool in (await mcp.list_tools()).tools if tool.name == "execute_code")
         environment = await mcp.call_tool("get_environment", {})
 
-    assert "HTTP and HTTPS reach pypi.org, *.example.org, through the proxy that HTTPS_PROXY names" in run.description
-    assert environment.structured_content["network_allow"] == ["pypi.org", "*.example.org"]
-    assert "network: pypi.org, *.example.org;" in environment.content[0].text
+    assert (
+        "HTTP and HTTPS reach data.example, *.example.org, through the proxy that HTTPS_PROXY names" in run.description
+    )
+    assert environment.structured_content["network_allow"] == ["data.example", "*.example.org"]
+    assert "network: data.example, *.example.org;" in environment.content[0].text
 
 
 @pytest.mark.parametrize(

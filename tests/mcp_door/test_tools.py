@@ -75,11 +75,11 @@ async def test_what_the_code_raises_is_an_error_result_with_its_name_and_traceba
 async def test_code_that_reached_nobody_is_told_what_the_network_allows(agent, key):
     async with connected(key) as mcp:
         off = await mcp.call_tool("execute_code", {"code": "#! gaierror: no such name"})
-        await Agent.objects.filter(pk=agent.pk).aupdate(network_allow=["pypi.org"])
+        await Agent.objects.filter(pk=agent.pk).aupdate(network_allow=["data.example"])
         denied = await mcp.call_tool("execute_code", {"code": "#@ evil.example:443\n#! ProxyError: 403"})
 
     assert "Network is off for agent etl; an operator can allow hosts." in off.content[0].text
-    assert "Network: agent etl may not reach evil.example:443; allowed are: pypi.org." in denied.content[0].text
+    assert "Network: agent etl may not reach evil.example:443; allowed are: data.example." in denied.content[0].text
     assert [e["verdict"] for e in denied.structured_content["egress"]] == ["denied"]
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture
 def networked(caller):
-    caller.agent.network_allow = ["pypi.org", "*.example.org", "10.1.2.0/24:5432"]
+    caller.agent.network_allow = ["data.example", "*.example.org", "10.1.2.0/24:5432"]
     caller.agent.save()
     return caller
 
@@ -37,15 +37,16 @@ def test_an_agent_has_no_network_unless_somebody_says_so(agent):
 
 
 def test_rules_are_stored_in_their_one_form(agent):
-    agent.network_allow = ["PyPI.org.", "pypi.org", "bücher.example:443"]
+    agent.network_allow = ["Data.Example.", "data.example", "bücher.example:443"]
 
     agent.full_clean()
 
-    assert agent.network_allow == ["pypi.org", "xn--bcher-kva.example:443"]
+    assert agent.network_allow == ["data.example", "xn--bcher-kva.example:443"]
 
 
 @pytest.mark.parametrize(
-    "rules", [["https://pypi.org"], ["pypi.org\x00.evil.org"], ["0.0.0.0/0"], [7], "pypi.org", ["a.example"] * 101]
+    "rules",
+    [["https://data.example"], ["data.example\x00.evil.org"], ["0.0.0.0/0"], [7], "data.example", ["a.example"] * 101],
 )
 def test_what_is_no_rule_is_an_error_of_the_field(agent, rules):
     agent.network_allow = rules
@@ -70,7 +71,7 @@ async def test_a_row_that_was_spoilt_by_hand_opens_nothing(caller):
 
 
 @pytest.mark.parametrize(
-    "asked", [["pypi.org"], ["pypi.org:443"], ["a.example.org", "*.b.example.org"], ["10.1.2.3:5432"], []]
+    "asked", [["data.example"], ["data.example:443"], ["a.example.org", "*.b.example.org"], ["10.1.2.3:5432"], []]
 )
 async def test_a_request_may_ask_for_less(networked, asked):
     shape = await operations.execute(caller=networked, request=asks(network=asked))
@@ -78,33 +79,35 @@ async def test_a_request_may_ask_for_less(networked, asked):
     assert (await rows(Sandbox.objects.get, pk=shape.sandbox_id)).network_allow == asked
 
 
-@pytest.mark.parametrize("asked", ["*", "example.org", "pypi.org:8080", "10.1.0.0/16:5432", "10.1.2.3"])
+@pytest.mark.parametrize("asked", ["*", "example.org", "data.example:8080", "10.1.0.0/16:5432", "10.1.2.3"])
 async def test_a_request_for_more_is_refused_with_the_rules(networked, asked):
     with pytest.raises(Forbidden) as refused:
-        await operations.execute(caller=networked, request=asks(network=["pypi.org", asked]))
+        await operations.execute(caller=networked, request=asks(network=["data.example", asked]))
 
     assert refused.value.detail == (
-        f"network: agent etl may not reach {asked}; allowed are: pypi.org, *.example.org, 10.1.2.0/24:5432."
+        f"network: agent etl may not reach {asked}; allowed are: data.example, *.example.org, 10.1.2.0/24:5432."
     )
     assert not await rows(Sandbox.objects.exists)
 
 
 async def test_a_request_of_an_agent_without_network_is_told_that(caller):
     with pytest.raises(Forbidden) as refused:
-        await operations.execute(caller=caller, request=asks(network=["pypi.org"]))
+        await operations.execute(caller=caller, request=asks(network=["data.example"]))
 
     assert "its network is off" in refused.value.detail
 
 
 async def test_a_rule_that_cannot_be_read_is_the_requests_fault(networked):
     with pytest.raises(Invalid) as refused:
-        await operations.execute(caller=networked, request=asks(network=["https://pypi.org/"]))
+        await operations.execute(caller=networked, request=asks(network=["https://data.example/"]))
 
     assert refused.value.facts["field"] == "network"
 
 
 async def test_a_session_says_its_network_when_it_is_opened(networked):
-    sandbox = await operations.open_session(caller=networked, request=parse(SessionRequest, {"network": ["pypi.org"]}))
+    sandbox = await operations.open_session(
+        caller=networked, request=parse(SessionRequest, {"network": ["data.example"]})
+    )
     with pytest.raises(Invalid):
         await operations.execute(caller=networked, request=asks(session_id=sandbox.pk, network=[]))
     shape = await operations.execute(caller=networked, request=asks("#@ a.example.org:443", session_id=sandbox.pk))
@@ -141,8 +144,8 @@ async def test_where_no_backend_can_hold_the_rules_nothing_runs(networked, monke
     [
         ([], ""),
         (["*"], ""),
-        (["pypi.org", "*.example.org"], ""),
-        (["pypi.org:443"], "not for pypi.org:443"),
+        (["data.example", "*.example.org"], ""),
+        (["data.example:443"], "not for data.example:443"),
         (["10.0.0.0/8"], "not for 10.0.0.0/8"),
         (["*", "10.0.0.1"], "not for 10.0.0.1"),
     ],
@@ -157,35 +160,35 @@ def test_e2b_takes_what_it_can_enforce_and_no_more(rules, refused):
 def test_e2b_is_told_to_deny_the_rest():
     assert _network(()) == {"allow_internet_access": False}
     assert _network(("*",)) == {"allow_internet_access": True}
-    assert _network(("pypi.org",)) == {"network": {"allow_out": ["pypi.org"], "deny_out": ["0.0.0.0/0"]}}
+    assert _network(("data.example",)) == {"network": {"allow_out": ["data.example"], "deny_out": ["0.0.0.0/0"]}}
 
 
 # the record
 
 
 async def test_what_went_out_is_on_the_execution(networked):
-    shape = await operations.execute(caller=networked, request=asks("#@ pypi.org:443\n#@ evil.example:443\n#= 1"))
+    shape = await operations.execute(caller=networked, request=asks("#@ data.example:443\n#@ evil.example:443\n#= 1"))
     again = await rows(lambda: execution_shape(operations.find_execution(networked, shape.id)))
 
-    assert told(shape) == [("pypi.org", 443, "allowed", 10, 20), ("evil.example", 443, "denied", 0, 0)]
+    assert told(shape) == [("data.example", 443, "allowed", 10, 20), ("evil.example", 443, "denied", 0, 0)]
     assert told(again) == told(shape)
-    assert shape.egress[1].reason.startswith("agent etl may not reach evil.example:443; allowed are: pypi.org")
+    assert shape.egress[1].reason.startswith("agent etl may not reach evil.example:443; allowed are: data.example")
 
 
-@pytest.mark.parametrize("code", ["#@ pypi.org:443\n#~ 9", "#@ pypi.org:443\n#! ValueError: x"])
+@pytest.mark.parametrize("code", ["#@ data.example:443\n#~ 9", "#@ data.example:443\n#! ValueError: x"])
 async def test_what_went_out_is_kept_however_the_run_ends(networked, code):
     shape = await operations.execute(caller=networked, request=asks(code, timeout_seconds=1))
 
     assert shape.state in (ExecutionState.TIMED_OUT, ExecutionState.FAILED)
-    assert told(shape) == [("pypi.org", 443, "allowed", 10, 20)]
+    assert told(shape) == [("data.example", 443, "allowed", 10, 20)]
 
 
 async def test_each_run_of_a_session_has_its_own(networked):
     sandbox = await operations.open_session(caller=networked, request=SessionRequest())
-    first = await operations.execute(caller=networked, request=asks("#@ pypi.org:443", session_id=sandbox.pk))
+    first = await operations.execute(caller=networked, request=asks("#@ data.example:443", session_id=sandbox.pk))
     second = await operations.execute(caller=networked, request=asks("#@ a.example.org:80", session_id=sandbox.pk))
 
-    assert [e.host for e in first.egress] == ["pypi.org"]
+    assert [e.host for e in first.egress] == ["data.example"]
     assert [e.host for e in second.egress] == ["a.example.org"]
     assert await rows(lambda: list(Egress.objects.order_by("number").values_list("number", flat=True))) == [1, 2]
 
@@ -193,14 +196,14 @@ async def test_each_run_of_a_session_has_its_own(networked):
 async def test_what_goes_out_between_runs_is_noticed_too(networked):
     sandbox = await operations.open_session(caller=networked, request=SessionRequest())
     machine = backends.get("first").machines[sandbox.provider_name]
-    machine.connect("pypi.org:443")
+    machine.connect("data.example:443")
     await operations.reap()
     machine.connect("evil.example:443")
     await operations.end_session(caller=networked, session_id=sandbox.pk)
 
     kept = await rows(lambda: list(Egress.objects.filter(sandbox=sandbox).order_by("number")))
     assert [(e.host, e.verdict, e.execution_id) for e in kept] == [
-        ("pypi.org", "allowed", None),
+        ("data.example", "allowed", None),
         ("evil.example", "denied", None),
     ]
 
@@ -211,7 +214,7 @@ async def test_a_backend_that_cannot_tell_does_not_spoil_the_run(networked, monk
 
     monkeypatch.setattr(backends.get("first"), "egress", broken)
 
-    shape = await operations.execute(caller=networked, request=asks("#@ pypi.org:443\n#= 1"))
+    shape = await operations.execute(caller=networked, request=asks("#@ data.example:443\n#= 1"))
 
     assert (shape.state, shape.egress) == (ExecutionState.SUCCEEDED, [])
 
@@ -248,7 +251,7 @@ async def test_code_that_was_refused_is_told_what_is_allowed(networked):
     shape = await operations.execute(caller=networked, request=asks(code))
 
     assert shape.detail == (
-        "Network: agent etl may not reach evil.example:443; allowed are: pypi.org, *.example.org, 10.1.2.0/24:5432. "
+        "Network: agent etl may not reach evil.example:443; allowed are: data.example, *.example.org, 10.1.2.0/24:5432. "
         "An operator can allow more."
     )
 
@@ -258,5 +261,5 @@ def test_the_environment_tells_the_truth(caller, networked):
     caller.agent.network_allow = []
     caller.agent.save()
 
-    assert off == "pypi.org, *.example.org, 10.1.2.0/24:5432"
+    assert off == "data.example, *.example.org, 10.1.2.0/24:5432"
     assert operations.environment(caller=caller)["network"] == "off"

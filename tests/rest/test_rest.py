@@ -31,21 +31,21 @@ async def test_a_run_answers_with_its_whole_record(call, agent):
 
 
 async def test_what_went_out_is_part_of_the_record(call, agent):
-    agent.network_allow = ["pypi.org"]
+    agent.network_allow = ["data.example"]
     await rows(agent.save)
 
-    body = (await call("POST", RUN, {"code": "#@ pypi.org:443\n#@ evil.example:443"})).json()
+    body = (await call("POST", RUN, {"code": "#@ data.example:443\n#@ evil.example:443"})).json()
     more = await call("POST", RUN, {"code": "#= 1", "network": ["evil.example"]})
     environment = (await call("GET", "/api/v1/environment")).json()
 
     assert [(e["host"], e["port"], e["verdict"], e["bytes_out"]) for e in body["egress"]] == [
-        ("pypi.org", 443, "allowed", 10),
+        ("data.example", 443, "allowed", 10),
         ("evil.example", 443, "denied", 0),
     ]
     assert (await call("GET", body_path(body))).json()["egress"] == body["egress"]
     assert (more.status_code, more.json()["field"]) == (403, "network")
-    assert "may not reach evil.example; allowed are: pypi.org" in more.json()["detail"]
-    assert (environment["network"], environment["network_allow"]) == ("pypi.org", ["pypi.org"])
+    assert "may not reach evil.example; allowed are: data.example" in more.json()["detail"]
+    assert (environment["network"], environment["network_allow"]) == ("data.example", ["data.example"])
 
 
 def body_path(body) -> str:
