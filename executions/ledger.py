@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import datetime
 from typing import Any
 
+from django.db.models import Q
 from django.utils import timezone
 
 from executions import costs, quotas
-from executions.models import Claim, Execution, LedgerEntry, Sandbox, Usage, hot
+from executions.models import Claim, Execution, LedgerEntry, Quota, Sandbox, Usage, hot
+from executions.states import Unit
 
 
 def record_reservation(sandbox: Sandbox, amount_nano_usd: int) -> None:
@@ -52,11 +54,10 @@ def bill(
                 )
             )
     hot.insert(usage)
-    if used := sum(stretch.duration_us for stretch in usage):
-        quotas.use_time(sandbox, used)
     covered = min(total, sandbox.reserved_nano_usd)
     given_back = sandbox.reserved_nano_usd - covered if final else 0
-    quotas.settle(sandbox.reserved_on, release=covered + given_back, spend=total)
+    used_us = sum(stretch.duration_us for stretch in usage)
+    quotas.book(sandbox, release=covered + given_back, spend=total, used_us=used_us)
     entries = _entries(sandbox, LedgerEntry.SPEND, total, execution) if total else []
     entries += _entries(sandbox, LedgerEntry.RELEASE, given_back) if given_back else []
     hot.insert(entries)
@@ -80,6 +81,7 @@ def bill_claims(claims: list[Claim]) -> None:
     Call it in a transaction that holds the rows, with their sandboxes and their pools' agents.
     """
     usage, entries, sums = [], [], defaultdict[int, list[int]](lambda: [0, 0])
+    times: Counter[tuple[str, str, str]] = Counter()
     for claim in claims:
         sandbox, account = claim.sandbox, claim.pool.agent
         assert account is not None
@@ -89,6 +91,7 @@ def bill_claims(claims: list[Claim]) -> None:
             duration_us = max(0, int((until - since).total_seconds() * 1_000_000))
             price = costs.cost(duration_us, sandbox.rate_nano_usd_per_second)
             claim.spent_nano_usd += price
+            times[account.team_id, account.pk, sandbox.backend] += duration_us
             usage.append(
                 Usage(
                     team_id=account.team_id,
@@ -110,8 +113,12 @@ def bill_claims(claims: list[Claim]) -> None:
         entries += _lines(*paid_by, LedgerEntry.SPEND, claim.spent_nano_usd) if claim.spent_nano_usd else []
         entries += _lines(*paid_by, LedgerEntry.RELEASE, rest) if rest else []
     hot.insert(usage)
-    for quota_id, (release, spend) in sorted(sums.items()):
+    wanted = Quota.objects.select_for_update().filter(Q(pk__in=sums) | Q(unit=Unit.COMPUTE_US)).order_by("pk")
+    list(wanted.values_list("pk"))  # held in the order in which others take them
+    for quota_id, (release, spend) in sums.items():
         hot.settle(quota_id, release, spend)
+    for (team, agent, backend), used_us in times.items():
+        hot.book((), 0, 0, team=team, agent=agent, key="", backend=backend, used_us=used_us)
     hot.insert(entries)
     Claim.objects.bulk_update(claims, ["spent_nano_usd"])
 

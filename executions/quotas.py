@@ -6,13 +6,13 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
-from django.db.models import Q
+from django.db.models import Q, Sum
 from django.utils import timezone
 
 from executions.costs import usd
 from executions.errors import BudgetExhausted, QuotaExceeded, Refused
 from executions.keys import Caller
-from executions.models import Quota, Sandbox, hot
+from executions.models import Artifact, Quota, Sandbox, hot
 from executions.states import Unit, WhenExhausted, Window
 
 R = TypeVar("R", bound=Refused)
@@ -115,7 +115,7 @@ def take(
             case Unit.CREATIONS if sandboxes and not is_open:
                 _take_counted(quota, sandboxes, zone, now)
             case Unit.BYTES_STORED if bytes_stored:
-                _take_counted(quota, bytes_stored, zone, now)
+                _take_open(quota, bytes_stored, now)
             case Unit.NANO_USD if nano_usd:
                 if not hot.take(quota.pk, "reserved", nano_usd, now):
                     raise _by(quota, _exhausted(quota, nano_usd, zone, now, fits))
@@ -135,16 +135,18 @@ def settle(budgets: list[int], *, release: int = 0, spend: int = 0) -> None:
         hot.settle(quota_id, release, spend)
 
 
-def use_time(sandbox: Sandbox, duration_us: int) -> None:
-    """Book a stretch of a sandbox's life on the quotas of compute time that govern it."""
-    hot.use_time(sandbox.team_id, sandbox.agent_id, sandbox.key_id or "", sandbox.backend, duration_us)
-
-
-def give_back(caller: Caller, *, bytes_stored: int) -> None:
-    """What was stored has been removed."""
-    for quota in of(caller):
-        if quota.unit == Unit.BYTES_STORED:
-            hot.settle(quota.pk, 0, -min(bytes_stored, quota.used))
+def book(sandbox: Sandbox, *, release: int, spend: int, used_us: int) -> None:
+    """The same on the budgets of a sandbox, with a stretch of its life on the quotas of compute time that govern it."""
+    hot.book(
+        sandbox.reserved_on,
+        release,
+        spend,
+        team=sandbox.team_id,
+        agent=sandbox.agent_id,
+        key=sandbox.key_id or "",
+        backend=sandbox.backend,
+        used_us=used_us,
+    )
 
 
 def ceiling(quota: Quota, now: datetime | None = None) -> int:
@@ -154,10 +156,16 @@ def ceiling(quota: Quota, now: datetime | None = None) -> int:
 
 
 def in_use(quota: Quota, *, lock: bool = False) -> int:
-    """What counts against a quota now: open rows for the concurrent units, the counter for the others.
+    """What counts against a quota now: open rows for the concurrent units, kept files for bytes, else the counter.
 
     With `lock`, nobody else can be admitted against it until the transaction ends.
     """
+    if quota.unit == Unit.BYTES_STORED:
+        if lock:
+            Quota.objects.select_for_update().get(pk=quota.pk)
+        scope = {name if name == "team_id" else f"sandbox__{name}": value for name, value in _scope(quota).items()}
+        kept = Artifact.objects.filter(expires_at__gt=timezone.now(), **scope)
+        return kept.aggregate(total=Sum("size_bytes"))["total"] or 0
     table = CONCURRENT.get(quota.unit)
     if table is None:
         return quota.used
@@ -183,7 +191,7 @@ def _take_open(quota: Quota, asked: int, now: datetime) -> None:
     if used + asked <= limit:
         return
     refusal = QuotaExceeded(
-        f"{quota.scope_name} is at {used} of {limit} {quota.get_unit_display().lower()}.",
+        f"{quota.scope_name} is at {used:,} of {limit:,} {quota.get_unit_display().lower()}.",
         unit=quota.unit,
         limit=limit,
         used=used,

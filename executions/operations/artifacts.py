@@ -21,9 +21,17 @@ from django.db import transaction
 from django.db.models import Q, QuerySet, Sum
 from django.utils import timezone
 
-from executions import backends, globs, store
+from executions import backends, globs, quotas, store
 from executions.backends.base import FileInfo
-from executions.errors import BackendError, BudgetExhausted, FileRefused, NotFound, SandboxLost, SessionGone
+from executions.errors import (
+    BackendError,
+    BudgetExhausted,
+    FileRefused,
+    NotFound,
+    QuotaExceeded,
+    SandboxLost,
+    SessionGone,
+)
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Artifact, Execution, Sandbox, Transition
@@ -217,6 +225,8 @@ async def _keep_one(sandbox: Sandbox, execution: Execution | None, name: str, in
         tally.size_bytes += incoming.size_bytes
     except FileRefused:
         tally.leave_out("cannot be read")
+    except QuotaExceeded as e:
+        tally.leave_out(e.detail.rstrip("."))
     finally:
         await asyncio.to_thread(incoming.close)
 
@@ -245,7 +255,9 @@ def _add(sandbox: Sandbox, execution: Execution | None, name: str, incoming: sto
         sha256=incoming.sha256,
         expires_at=timezone.now() + timedelta(days=days),
     )
-    with store.adding():
+    owner = Caller(team=sandbox.team, agent=sandbox.agent, key=sandbox.key)
+    with store.adding(), transaction.atomic():
+        quotas.take(owner, bytes_stored=incoming.size_bytes, backend=sandbox.backend)
         incoming.settle()
         Artifact.objects.bulk_create([artifact], ignore_conflicts=True)  # once: two may be at it
 

@@ -15,7 +15,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from executions import backends, breaker, capacity, egress, metrics, pool, quotas, routes
-from executions.errors import Conflict, Invalid, KeyReused, NotFound, QueueFull, Refused, SessionGone
+from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NotFound, QueueFull, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
 from executions.operations import artifacts, pausing
@@ -36,18 +36,20 @@ def submit(*, caller: Caller, request: Submission, idempotency_key: str | None =
     caller = replace(caller.acting_as(request.agent), user=request.user, workflow=request.workflow)
     try:
         try:
-            return _admit(caller, request, idempotency_key)
+            return _admitted(caller, request, idempotency_key)
         except TwinAdmitted:
-            return _admit(caller, request, idempotency_key)
-        except Refused as full:
-            return _admit_otherwise(caller, request, idempotency_key, full)
+            return _admitted(caller, request, idempotency_key)
     except Refused as refusal:
         record_refusal(caller, refusal)
         raise
 
 
-def _admit_otherwise(caller: Caller, request: Submission, idempotency_key: str | None, full: Refused) -> Execution:
-    """Where a quota or a plan has no room: on this machine, or later, as it says; else the refusal is raised."""
+def _admitted(caller: Caller, request: Submission, idempotency_key: str | None) -> Execution:
+    """Now; where a quota or a plan has no room, on this machine or later, as it says; else its refusal is raised."""
+    try:
+        return _admit(caller, request, idempotency_key)
+    except Refused as e:
+        full = e
     if full.goes_local:
         here = [
             a for a in backends.aliases() if not backends.get(a).remote and backends.get(a).isolation != "simulated"
@@ -167,7 +169,9 @@ def begin(execution_id: str) -> Execution | None:
         execution = still.filter(state=E.QUEUED).select_related("team", "agent__template", "key", "actor").first()
         if execution is None:
             return None
-        caller = caller_of(execution)
+        caller = caller_of(execution).acting_as(None)
+        if caller.key is not None and not caller.key.is_live:
+            raise Forbidden("The key that asked for it has expired or was revoked while it waited.")
         path, fields, route = _place(caller, execution, Wish(**execution.wish))
         execution.advance(*path, **fields)
         _try_first(execution, route)

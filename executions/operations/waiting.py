@@ -27,7 +27,7 @@ E = ExecutionState
 LOOK_SECONDS = 0.2  # while something waits: room may appear in another process
 IDLE_SECONDS = 1.0  # another process may have let something wait
 SEEN_AT_ONCE = 500
-TRIES_AT_ONCE = 20  # without room for one of them: whoever stands behind is not luckier
+TRIES_AT_ONCE = 50  # agents whose next one has no room; the others are looked at when somebody has
 log = logging.getLogger(__name__)
 
 _nudged: asyncio.Event | None = None
@@ -76,19 +76,19 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
     ended: list[Execution] = []
     if not waiting:
         return started, ended, 0
-    now, missed = timezone.now(), 0
+    now, full = timezone.now(), set[str]()  # agents: what stands behind their next one waits with it
     for execution in in_turn(waiting):
         if execution.cancel_requested_at or (execution.waits_until and execution.waits_until <= now):
             ended += [execution] if _give_up(execution) else []
             continue
-        if missed >= TRIES_AT_ONCE:
+        if execution.agent_id in full or len(full) >= TRIES_AT_ONCE:
             continue
         try:
             begun = begin(execution.pk)
             started += [begun] if begun else []
         except Refused as refusal:
             if refusal.waits_seconds:
-                missed += 1
+                full.add(execution.agent_id)
                 _still_waits(execution, refusal)
             else:
                 ended += [execution] if _give_up(execution, refusal) else []

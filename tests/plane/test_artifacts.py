@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from executions import globs, keys, operations, store
+from executions import globs, keys, operations, quotas, store
 from executions.backends import scripted
 from executions.backends.base import FileInfo
 from executions.errors import FileRefused, NotFound, SandboxLost, SessionGone
@@ -133,6 +133,17 @@ async def test_the_same_content_lies_in_the_store_once(caller, shelf):
     assert len(list(shelf.glob("??/*"))) == 1
     assert not list(shelf.glob("incoming/*"))
     assert await Artifact.objects.acount() == 3
+
+
+async def test_a_quota_of_stored_bytes_leaves_out_what_does_not_fit_and_has_room_again_when_files_are_let_go_of(caller):
+    quota = await rows(Quota.objects.create, team=caller.team, unit=Unit.BYTES_STORED, limit=10)
+
+    sandbox = await ended(caller, {f"{HOME}/outputs/a": b"12345678", f"{HOME}/outputs/b": b"1234"})
+
+    assert "1 file kept (8 bytes); 1 left out: " in sandbox.kept_said
+    assert "is at 8 of 10 bytes stored" in sandbox.kept_said
+    await rows(Artifact.objects.update, expires_at=timezone.now())
+    assert await rows(quotas.in_use, quota) == 0
 
 
 @pytest.mark.parametrize("end", [EndReason.IDLE, EndReason.EXPIRED])

@@ -1,19 +1,22 @@
 """What there is no room for waits its turn, where its quota or its backend's plan says so."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import time_machine
+from django.db import transaction
 from django.utils import timezone
 
-from executions import operations, quotas
+from executions import ledger, operations, quotas
 from executions.errors import NoBackend, QueueFull, QuotaExceeded
-from executions.models import Agent, Execution, Quota, Transition
+from executions.models import Agent, Execution, Quota, Sandbox, Transition
 from executions.operations import waiting
 from executions.operations.submit import begin
 from executions.states import ExecutionState, Unit, WhenExhausted
 from tests.plane.conftest import asks
+from tests.plane.test_quotas import race
 
 E = ExecutionState
 
@@ -116,8 +119,6 @@ def test_turns_are_fair_among_agents_and_by_age_within_one(caller, settings):
     quota.limit = 0
     quota.save()
     mine = [operations.submit(caller=caller, request=asks()).pk for _ in range(4)]
-    from dataclasses import replace
-
     theirs = [operations.submit(caller=replace(caller, agent=other, key=None), request=asks()).pk for _ in range(4)]
 
     turns = [e.pk for e in waiting.in_turn(list(waiting._waiting()))]
@@ -241,3 +242,78 @@ def test_compute_time_counts_what_the_living_may_still_use(caller):
     assert refused.value.facts["needed"] == 40_000_000
     assert 79_000_000 <= refused.value.facts["reserved"] <= 80_000_000
     assert 79_000_000 <= quotas.reserved(quota) <= 80_000_000
+
+
+@pytest.mark.django_db
+def test_an_agent_without_room_does_not_hold_up_another(caller):
+    busy = Agent.objects.create(team=caller.team, name="busy", route=["first"])
+    theirs = replace(caller, agent=busy, key=None)
+    for _ in range(5):
+        operations.submit(caller=theirs, request=asks())
+    Quota.objects.create(
+        agent=caller.agent, unit=Unit.CONCURRENT_EXECUTIONS, limit=0, when_exhausted=WhenExhausted.WAIT
+    )
+    full = Quota.objects.create(agent=busy, unit=Unit.CONCURRENT_EXECUTIONS, limit=5, when_exhausted=WhenExhausted.WAIT)
+    for _ in range(60):  # they have fewer under way: their turn is always before the other's
+        operations.submit(caller=caller, request=asks())
+    waits = operations.submit(caller=theirs, request=asks())
+    full.limit = 6
+    full.save()
+
+    started, _, left = waiting._next_ones()
+
+    assert [e.pk for e in started] == [waits.pk]
+    assert left == 60
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("gone", ["key", "agent"])
+def test_one_whose_key_or_agent_was_switched_off_meanwhile_never_starts(caller, gone):
+    one_at_a_time(caller)
+    first = operations.submit(caller=caller, request=asks())
+    operations.submit(caller=caller, request=asks())
+    if gone == "key":
+        type(caller.key).objects.update(revoked_at=timezone.now())
+    else:
+        Agent.objects.update(is_active=False)
+    end(first)
+
+    started, ended, _ = waiting._next_ones()
+
+    assert not started
+    assert [(e.state, e.error_code) for e in ended] == [(E.ERRORED, "forbidden")]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_twins_that_both_have_to_wait_are_one(caller):
+    one_at_a_time(caller)
+    operations.submit(caller=caller, request=asks())
+
+    twins = race(6, lambda: operations.submit(caller=caller, request=asks(), idempotency_key="once"))
+
+    assert {getattr(twin, "pk", twin) for twin in twins} == {Execution.objects.get(state=E.QUEUED).pk}
+    assert sum(not twin.replayed for twin in twins) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_bills_and_admissions_never_wait_for_each_other_in_a_circle(caller):
+    """The budget has the higher id here: whoever booked time first and money then would meet an admission head on."""
+    quota = Quota.objects.create(team=caller.team, unit=Unit.COMPUTE_US, limit=10**15)
+    budget = Quota.objects.create(team=caller.team, unit=Unit.NANO_USD, limit=10**15)
+    later = Quota.objects.create(team=caller.team, unit=Unit.COMPUTE_US, limit=10**15)
+
+    def one() -> bool:
+        execution = operations.submit(caller=caller, request=asks())
+        with transaction.atomic():
+            sandbox = Sandbox.objects.select_for_update().get(pk=execution.sandbox_id)
+            ledger.bill(sandbox, ("run", sandbox.created_at + timedelta(seconds=2)), final=True)
+        return True
+
+    results = race(8, lambda: [one() for _ in range(5)])
+
+    assert results == [[True] * 5] * 8
+    for row in (quota, budget, later):
+        row.refresh_from_db()
+    assert quota.used == later.used == 40 * 2_000_000
+    assert budget.reserved == 0
+    assert budget.used == 40 * 2 * 100_000

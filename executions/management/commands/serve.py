@@ -49,6 +49,7 @@ class Command(BaseCommand):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=300,  # as long as E2B's SDKs hold an idle connection; shorter, and they meet a closed one
             timeout_graceful_shutdown=3,  # an open stream must not keep the process
         )
         server = Serving(config)
