@@ -297,10 +297,9 @@ def test_twins_that_both_have_to_wait_are_one(caller):
 
 @pytest.mark.django_db(transaction=True)
 def test_bills_and_admissions_never_wait_for_each_other_in_a_circle(caller):
-    """The budget has the higher id here: whoever booked time first and money then would meet an admission head on."""
-    quota = Quota.objects.create(team=caller.team, unit=Unit.COMPUTE_US, limit=10**15)
+    """The budget has the lower id here: whoever booked time first and money then would meet an admission head on."""
     budget = Quota.objects.create(team=caller.team, unit=Unit.NANO_USD, limit=10**15)
-    later = Quota.objects.create(team=caller.team, unit=Unit.COMPUTE_US, limit=10**15)
+    quota = Quota.objects.create(team=caller.team, unit=Unit.COMPUTE_US, limit=10**15)
 
     def one() -> bool:
         execution = operations.submit(caller=caller, request=asks())
@@ -312,8 +311,8 @@ def test_bills_and_admissions_never_wait_for_each_other_in_a_circle(caller):
     results = race(8, lambda: [one() for _ in range(5)])
 
     assert results == [[True] * 5] * 8
-    for row in (quota, budget, later):
+    for row in (quota, budget):
         row.refresh_from_db()
-    assert quota.used == later.used == 40 * 2_000_000
+    assert quota.used == 40 * 2_000_000
     assert budget.reserved == 0
     assert budget.used == 40 * 2 * 100_000
