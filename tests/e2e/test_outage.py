@@ -119,8 +119,7 @@ def installation(cloud: Double) -> Iterator[Installation]:
         yield Installation([f"http://127.0.0.1:{port}" for port in ports], token, env)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("down", ["503", "reset", "swallow"])
+@pytest.mark.parametrize("down", ["503", *(pytest.param(how, marks=pytest.mark.long) for how in ("reset", "swallow"))])
 async def test_an_outage_loses_nothing_that_could_be_served_runs_nothing_twice_and_leaks_nothing(
     cloud, installation, record_property, down
 ):
