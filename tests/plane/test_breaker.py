@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from django.db import connection, connections
@@ -84,6 +85,22 @@ def failing(monkeypatch):
     return tell
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """Has the backend "first" answer no create until it is told to: `asked` counts them, `answer` lets them all go."""
+    state = SimpleNamespace(asked=0, answer=asyncio.Event())
+    create = ScriptedBackend.create
+
+    async def later(self, spec):
+        if self.alias == "first":
+            state.asked += 1
+            await state.answer.wait()
+        return await create(self, spec)
+
+    monkeypatch.setattr(ScriptedBackend, "create", later)
+    return state
+
+
 # Closed to open
 
 
@@ -140,16 +157,19 @@ async def test_a_sandbox_that_cannot_be_had_there_says_nothing_about_the_backend
     assert only.detail == "first: There is no template ml."
 
 
-async def test_silence_opens_it_before_requests_time_out_and_an_answer_closes_it_again(caller, behave):
+async def test_silence_opens_it_before_requests_time_out_and_an_answer_closes_it_again(caller, behave, held):
+    held.answer.set()
     await run(caller)
-    behave("first", CREATE_SECONDS=0.6, SLOW_SECONDS=0.1)
+    held.answer.clear()
+    behave("first", SLOW_SECONDS=0.1)
 
     slow = [asyncio.create_task(run(caller)) for _ in range(breaker.FAILURES)]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not await BackendState.objects.filter(state=OPEN).aexists():
             await asyncio.sleep(0.01)
         assert not any(task.done() for task in slow)
         skipped = await run(caller)
+        held.answer.set()
         shapes = [await task for task in slow]
 
     assert skipped.backend == "second"
@@ -158,11 +178,17 @@ async def test_silence_opens_it_before_requests_time_out_and_an_answer_closes_it
     assert (await rows(known)).state == CLOSED
 
 
-async def test_a_backend_that_is_asked_for_the_first_time_may_take_its_time(caller, behave, monkeypatch):
+async def test_a_backend_that_is_asked_for_the_first_time_may_take_its_time(caller, behave, held, monkeypatch):
     monkeypatch.setattr(boot, "_heard", set())
-    behave("first", CREATE_SECONDS=0.3, SLOW_SECONDS=0.05)
+    behave("first", SLOW_SECONDS=0.05)
 
-    shapes = await asyncio.gather(*(run(caller) for _ in range(breaker.FAILURES)))
+    runs = [asyncio.create_task(run(caller)) for _ in range(breaker.FAILURES)]
+    async with asyncio.timeout(20):
+        while held.asked < breaker.FAILURES:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # several times what would count as silence
+        held.answer.set()
+        shapes = [await task for task in runs]
 
     assert {shape.backend for shape in shapes} == {"first"}
     assert not await BackendState.objects.aexists()
