@@ -62,6 +62,7 @@ class Execution(HasLifecycle):
     error_value = models.TextField(blank=True)
     cancel_requested_at = models.DateTimeField(null=True, blank=True)
     cancel_reason = models.CharField(max_length=200, blank=True)
+    max_cost_nano_usd = models.BigIntegerField(null=True, blank=True, help_text="The most that it may cost.")
     wish = models.JSONField(default=dict, blank=True, editable=False, help_text="What it needs to start.")
     waits_for = models.CharField(max_length=300, blank=True, help_text="Why it was not started at once.")
     waits_until = models.DateTimeField(null=True, blank=True, help_text="Not started by then, it is refused.")

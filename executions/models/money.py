@@ -15,8 +15,11 @@ from executions.states import Unit, WhenExhausted, Window
 class Quota(models.Model):
     """A ceiling. A budget is the quota whose unit is nano_usd.
 
-    Whose it is: the key's, else the agent's, else the team's; with none of the three it is global.
+    Whose it is: the key's, else the agent's, else the team's; with none of the three it is global. One with `each` holds
+    for every end user or every agent of theirs separately: each has a row of its own, made when it is first needed.
     """
+
+    USER, AGENT = "user", "agent"
 
     team = models.ForeignKey(Team, models.CASCADE, null=True, blank=True, related_name="quotas")
     agent = models.ForeignKey(Agent, models.CASCADE, null=True, blank=True, related_name="quotas")
@@ -24,6 +27,14 @@ class Quota(models.Model):
     user = models.CharField(max_length=200, blank=True, help_text="Only what runs for this end user of the caller's.")
     workflow = models.CharField(max_length=100, blank=True, help_text="Only what runs in this workflow.")
     backend = models.CharField(max_length=40, blank=True, help_text="Only what runs on this alias.")
+    each = models.CharField(
+        max_length=5,
+        blank=True,
+        choices=[(USER, "each end user"), (AGENT, "each agent")],
+        help_text="The limit is that of every one of them separately.",
+    )
+    parent = models.ForeignKey("self", models.CASCADE, null=True, blank=True, editable=False, related_name="children")
+    of_whom = models.CharField(max_length=250, blank=True, editable=False, help_text="Which one of `each` it is for.")
     unit = models.CharField(max_length=24, choices=Unit)
     window = models.CharField(max_length=8, choices=Window, default=Window.TOTAL)
     limit = models.BigIntegerField(
@@ -55,6 +66,15 @@ class Quota(models.Model):
                 condition=Q(raised_by=0) | Q(raised_by__gt=0, raised_until__isnull=False), name="quota_raise_ends"
             ),
             models.CheckConstraint(condition=Q(soft_percent__lte=100), name="quota_soft_below_limit"),
+            models.UniqueConstraint(
+                fields=["parent", "of_whom"], condition=Q(parent__isnull=False), name="quota_once_of_each"
+            ),
+            models.CheckConstraint(
+                condition=Q(each="")
+                | Q(each="agent", agent=None, key=None)
+                | Q(each="user", user="", unit__in=["executions", "concurrent_executions", "creations", "nano_usd"]),
+                name="quota_each_told_apart",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -68,8 +88,9 @@ class Quota(models.Model):
     def scope_name(self) -> str:
         owner = self.key or self.agent or self.team
         whose = f"{owner._meta.verbose_name} {owner}" if owner else "everybody"
+        each = [f"each {'end user' if self.each == self.USER else self.each}"] if self.each else []
         narrowed = [f"{name} {value}" for name in ("user", "workflow", "backend") if (value := getattr(self, name))]
-        return ", ".join([whose, *narrowed])
+        return ", ".join([whose, *each, *narrowed])
 
 
 class LedgerEntry(models.Model):
@@ -78,7 +99,7 @@ class LedgerEntry(models.Model):
     RESERVE, RELEASE, SPEND = "reserve", "release", "spend"
 
     team = models.ForeignKey(Team, models.PROTECT, related_name="+", db_index=False)
-    quota = models.ForeignKey(Quota, models.SET_NULL, null=True, related_name="entries")
+    quota = models.ForeignKey(Quota, models.SET_NULL, null=True, related_name="entries", db_index=False)
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="ledger")
     execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="ledger")
     kind = models.CharField(max_length=8, choices=[(k, k) for k in (RESERVE, RELEASE, SPEND)])
@@ -87,6 +108,7 @@ class LedgerEntry(models.Model):
 
     class Meta:
         verbose_name_plural = "ledger entries"
+        indexes = [models.Index(fields=["quota", "at"], name="ledger_of_quota")]
         constraints = [models.CheckConstraint(condition=Q(amount_nano_usd__gte=0), name="ledger_not_negative")]
 
     def __str__(self) -> str:
