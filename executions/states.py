@@ -179,6 +179,22 @@ class Verdict(TextChoices):
     PENDING = "pending"
 
 
+class Answer(TextChoices):
+    """What a rule for packages says when it finds something."""
+
+    ALLOW = "allow"
+    ASK = "ask", "ask a person"
+    DENY = "deny"
+
+
+class ApprovalState(TextChoices):
+    """What became of packages that waited for a person's word."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    DENIED = "denied"
+
+
 LANGUAGES = ("python", "bash", "javascript", "typescript", "r", "java")
 
 # How strong the walls are, weakest first. On "simulated" nothing runs at all, which satisfies every floor.

@@ -4,6 +4,7 @@ from executions.models.backends import BackendState
 from executions.models.base import HasLifecycle, IllegalTransition, new_id
 from executions.models.executions import Artifact, Attempt, Egress, Event, Execution
 from executions.models.money import LedgerEntry, Quota, Rate, Usage
+from executions.models.packages import Advisory, Approval, PackageLock, PackagePolicy
 from executions.models.pools import Claim, Pool
 from executions.models.records import (
     Attestation,
@@ -20,8 +21,10 @@ from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
 
 __all__ = [
+    "Advisory",
     "Agent",
     "ApiKey",
+    "Approval",
     "Artifact",
     "Attempt",
     "Attestation",
@@ -40,6 +43,8 @@ __all__ = [
     "Membership",
     "MetricTotal",
     "Package",
+    "PackageLock",
+    "PackagePolicy",
     "Pool",
     "ProviderCharge",
     "Quota",

@@ -120,6 +120,14 @@ class Package(models.Model):
     verdict = models.CharField(max_length=8, choices=Verdict)
     reason = models.CharField(max_length=300, blank=True)
     requested = models.BooleanField(default=True, help_text="Asked for by name, not pulled in by another.")
+    lock = models.ForeignKey(
+        "PackageLock", models.PROTECT, null=True, related_name="packages", help_text="It went into this lock."
+    )
+    execution = models.ForeignKey(
+        Execution, models.PROTECT, null=True, related_name="packages", help_text="The run whose code asked for it."
+    )
+    licence = models.CharField(max_length=200, blank=True, help_text="Empty: unknown.")
+    advisories = models.JSONField(null=True, help_text="Known vulnerabilities of this version; null: unknown.")
     at = models.DateTimeField(default=timezone.now)
 
     class Meta:

@@ -85,6 +85,10 @@ class Sandbox(HasLifecycle):
     made_of = models.CharField(
         max_length=16, blank=True, editable=False, help_text="Made by the pool: hash of what it was made from."
     )
+    lock = models.ForeignKey(
+        "PackageLock", models.PROTECT, null=True, blank=True, related_name="sandboxes", db_index=False,
+        help_text="The packages of its agent that it was made with.",
+    )  # fmt: skip
     name = models.CharField(max_length=100, blank=True)
     metadata = models.JSONField(default=dict, blank=True)
     env = models.JSONField(default=dict, blank=True)

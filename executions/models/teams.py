@@ -83,6 +83,10 @@ class Agent(models.Model):
     packages = models.JSONField(
         default=list, blank=True, help_text='Package names that may be installed. Empty: none. ["*"]: any.'
     )
+    lock = models.ForeignKey(
+        "PackageLock", models.PROTECT, null=True, blank=True, related_name="+", db_index=False,
+        help_text="The packages that all its sandboxes have, beside their template's.",
+    )  # fmt: skip
     network_allow = models.JSONField(
         default=list,
         blank=True,
