@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
 from pathlib import Path
 
@@ -33,26 +34,30 @@ if (BASE_DIR / ".env").is_file():
 DATA = Path(env.str("SANDGATE_DATA", default=str(BASE_DIR / "var"))).absolute()
 
 
-def kept_secret(name: str) -> str:
-    """A secret of this installation, made at the first start, readable by its owner only."""
-    path = DATA / name
+def kept(name: str, made: str) -> str:
+    """What was made for this installation at its first start, readable by its owner only."""
+    path, mine = DATA / name, DATA / f".{name}-{os.getpid()}"
     try:
         DATA.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+        if not path.exists():
+            with os.fdopen(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+                f.write(made)
+            try:
+                os.link(mine, path)  # whole or not at all, and of several processes one makes it
+            except FileExistsError:
+                pass
+            finally:
+                mine.unlink()
         return path.read_text().strip()
     except OSError as e:
         sys.exit(
             f"The data folder {DATA} cannot be written ({e.strerror}). "
             "Free some space or give it to this user, or name another: export SANDGATE_DATA=/path"
         )
-    with os.fdopen(fd, "w") as f:
-        f.write(made := secrets.token_urlsafe(48))
-    return made
 
 
 DEBUG = env.bool("SANDGATE_DEBUG", default=False)
-SECRET_KEY = env.str("SECRET_KEY", default="") or kept_secret("secret_key")
+SECRET_KEY = env.str("SECRET_KEY", default="") or kept("secret_key", secrets.token_urlsafe(48))
 PORT = env.int("PORT", default=8000)
 BIND = env.str("SANDGATE_BIND", default="127.0.0.1")
 PUBLIC_URL = env.str("SANDGATE_PUBLIC_URL", default=f"http://127.0.0.1:{PORT}").rstrip("/")
@@ -115,6 +120,11 @@ TEMPLATES = [
         },
     }
 ]
+
+# The machine among those that share a database: its local sandboxes are its own.
+NODE = env.str("SANDGATE_NODE", default="") or kept("node_name", f"{socket.gethostname()[:40]}-{secrets.token_hex(2)}")
+if len(NODE) > 60 or not NODE.isprintable():
+    MISTAKES.append("SANDGATE_NODE: at most 60 printable characters.")
 
 HOP_THREADS = env.int("SANDGATE_HOP_THREADS", default=4)
 HOP_INLINE = False

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from django.conf import settings
 from django.utils import timezone
 
 from executions import backends, capacity, costs, ledger, metrics, quotas
+from executions.backends.base import Backend
 from executions.keys import Caller
 from executions.models import Agent, Claim, Pool, Quota, Sandbox, Team, Template, hot
 from executions.states import SandboxState, Unit, Window
@@ -22,9 +24,9 @@ ACCOUNT = "System"  # the team whose agents pay for what nobody asked for: each 
 
 _of = hot.Compiled(lambda alias: Pool.objects.filter(backend=alias, is_enabled=True))
 _idle = hot.Compiled(
-    lambda pool, made_of, isolation: (
+    lambda pool, made_of, isolation, node: (
         Sandbox.objects.select_for_update(skip_locked=True)  # SQLite's transaction is alone already
-        .filter(pool=pool, state="idle", ended_at=None, made_of=made_of, isolation=isolation)
+        .filter(pool=pool, state="idle", ended_at=None, made_of=made_of, isolation=isolation, node=node)
         .order_by("leased_until")[:1]
     )
 )
@@ -40,7 +42,8 @@ def claim(caller: Caller, *, alias: str, template: Template, seconds: int, execu
     found = find(alias, template, fields.get("memory_mib", template.memory_mib), fields.get("network_allow", []))
     if found is None or fields.get("env", template.env) not in ({}, template.env):
         return intend(caller, alias=alias, template=template, seconds=seconds, executions=executions, **fields)
-    warm = next(iter(_idle(found.pk, made_of(found, template), backends.get(alias).isolation)), None)
+    backend = backends.get(alias)
+    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, _node(backend))), None)
     if warm is None or warm.leased_until < timezone.now() + timedelta(seconds=LEFT_SECONDS):
         metrics.add("sandgate_pool_claims_total", alias, "miss")
         return intend(
@@ -113,6 +116,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         actor=caller.person,
         template=template,
         backend=alias,
+        node=_node(backend),
         isolation=backend.isolation,
         cpu_count=template.cpu_count,
         memory_mib=memory_mib,
@@ -126,6 +130,11 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     )
     ledger.record_reservation(sandbox, rate * seconds)
     return sandbox
+
+
+def _node(backend: Backend) -> str:
+    """The machine on which this process has sandboxes of this backend made; empty where any process reaches them."""
+    return settings.NODE if backend.has_node else ""
 
 
 def _worst(seconds: int, rate: int, fields: dict[str, Any]) -> tuple[int, str]:

@@ -28,6 +28,7 @@ class Capabilities:
     files: bool = False
     contexts: bool = False
     packages: bool = False
+    layers: bool = False  # create() shows a folder of packages of this machine, and every Python looks into ~/.packages
     internet: bool = False
     network_rules: bool = False
     egress: bool = False  # egress() tells what a sandbox connected to, as seen from outside
@@ -63,6 +64,7 @@ class SandboxSpec:
     metadata: dict[str, str] = field(default_factory=dict)
     network_allow: tuple[str, ...] = ()  # rules as executions.network reads them; none: no network at all
     agent: str = ""  # whose it is, for the sentences that its code is refused with
+    layer: str = ""  # of backends with `layers`: the folder of packages below their own that it sees, read-only
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class Backend:
 
     capabilities: ClassVar[Capabilities] = Capabilities()
     remote: bool = True  # code and data leave this machine; OPTIONS["REMOTE"] says otherwise of one alias
+    has_node: bool = False  # its sandboxes live on one machine, and only processes there reach them
     slow_seconds: float = 0  # a create that has not answered by then looks like an outage; 0: none does
     boot_seconds: float = 60  # create() has answered by then, one way or the other
     isolation: str = "none"  # none, reduced, namespaces, microvm, simulated: the floor of agents compares in this order

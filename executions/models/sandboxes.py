@@ -61,6 +61,10 @@ class SandboxQuerySet(models.QuerySet):
     def sessions(self):
         return self.filter(kept=True)
 
+    def here(self):
+        """Those that a process on this machine reaches."""
+        return self.filter(node__in=["", settings.NODE])
+
 
 class Sandbox(HasLifecycle):
     """One isolated machine on one backend, leased once. The row is the lease, and is inserted before the backend is asked."""
@@ -74,6 +78,9 @@ class Sandbox(HasLifecycle):
     actor = models.ForeignKey(User, models.PROTECT, null=True, blank=True, related_name="+", db_index=False)
     template = models.ForeignKey(Template, models.PROTECT, related_name="+", db_index=False)
     backend = models.CharField(max_length=40)
+    node = models.CharField(
+        max_length=60, blank=True, editable=False, help_text="The machine it lives on; empty: any process reaches it."
+    )
     isolation = models.CharField(max_length=12, default="none")
     handle = models.JSONField(null=True, blank=True, editable=False)
     state = models.CharField(max_length=10, choices=SandboxState, default=SandboxState.BOOTING, editable=False)
@@ -152,6 +159,11 @@ class Sandbox(HasLifecycle):
     def waits(self) -> bool:
         """Still in its pool: nobody has had it yet."""
         return bool(self.made_of) and self.state in (SandboxState.BOOTING, SandboxState.IDLE)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether a process on this machine reaches it."""
+        return self.node in ("", settings.NODE)
 
     @property
     def machine(self) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class LocalBackend(Backend):
     """Sandboxes behind namespaces on this machine. OPTIONS: RUN_DIR, the node's folder; FLOOR, the least isolation."""
 
     remote = False
+    has_node = True
 
     @property
     def isolation(self) -> str:  # type: ignore[override]
