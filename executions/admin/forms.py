@@ -18,6 +18,7 @@ from unfold.widgets import (
 
 from executions import backends, costs, operations, packages
 from executions.errors import Invalid
+from executions.mcp import mapping
 from executions.models import Agent, ApiKey, Quota, Rate, Team, Template
 from executions.quotas import CONCURRENT
 from executions.states import LANGUAGES, Scope, Unit, Window
@@ -65,6 +66,24 @@ class Lines(Names):
         if isinstance(value, list):
             return value
         return list(dict.fromkeys(filter(None, (line.strip() for line in (value or "").splitlines()))))
+
+
+class ToolMapping(forms.CharField):
+    """An agent's tools, typed as the YAML of docs/mcp.md; every mistake is told with its line."""
+
+    widget = UnfoldAdminTextareaWidget
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"required": False, "strip": False, **kwargs})
+
+    def prepare_value(self, value: Any) -> Any:
+        return value if isinstance(value, str) else mapping.render(value or [])
+
+    def to_python(self, value: Any) -> Any:
+        try:
+            return mapping.parse(value or "") if isinstance(value, str | None) else value
+        except mapping.Mistakes as e:
+            raise forms.ValidationError([f"Line {line}: {said}" for line, said in e.lines]) from None
 
 
 class Choices(forms.MultipleChoiceField):
@@ -117,7 +136,11 @@ class AgentForm(forms.ModelForm):
         help_text="Backends in order, with commas, such as: e2b, local. Empty: every configured one, in order."
     )
     languages = Choices(LANGUAGES, help_text="None ticked: every language there is.")
-    tools = Names(help_text="MCP tools that it sees, with commas. Empty: all.")
+    tools = ToolMapping(
+        label="MCP tools",
+        help_text="Empty: all. Names with commas: these. A mapping in YAML also sets their texts and the limits of their arguments: "
+        "docs/mcp.md, or manage.py tools --all.",
+    )
     packages = Names(help_text="Packages that it may install, with commas. Empty: none. A single *: any.")
     network_allow = Names(
         label="Network",
@@ -137,12 +160,6 @@ class AgentForm(forms.ModelForm):
 
     def clean_route(self) -> list[str]:
         return known_backends(self.cleaned_data["route"])
-
-    def clean_tools(self) -> list[str]:
-        for tool in self.cleaned_data["tools"]:
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", tool):
-                raise forms.ValidationError(f"{tool!r} is not the name of a tool: lowercase letters and _.")
-        return self.cleaned_data["tools"]
 
     def clean_packages(self) -> list[str]:
         for package in self.cleaned_data["packages"]:

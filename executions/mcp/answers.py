@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from executions import packages
 from executions.errors import PackageDenied, SandgateError
 from executions.keys import Caller
+from executions.mcp import resources
+from executions.mcp.resources import Link
 from executions.serializers import CodeError, ExecutionShape
 from executions.states import EXECUTION_ENDED, ExecutionState
 
@@ -44,6 +46,7 @@ class Answer:
     text: str
     structured: dict[str, Any]
     images: list[tuple[str, str]] = field(default_factory=list)  # (MIME type, base64)
+    links: list[Link] = field(default_factory=list)
     is_error: bool = False
 
 
@@ -60,7 +63,10 @@ def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Ans
     """One execution. The code's own failure is an error result: that is how a model learns that it has to change something."""
     link = f"/api/v1/executions/{shape.id}"
     images = [(kind, bundle[kind]) for bundle in shape.results for kind in IMAGE_TYPES if bundle.get(kind)]
-    parts = [capped("\n".join(_output(shape)), link)]
+    output = "\n".join(_output(shape))
+    parts = [capped(output, link)]
+    printed = len((shape.logs.stdout + shape.logs.stderr).encode(errors="replace"))
+    links = [resources.of_output(shape.id, printed)] if len(output.encode(errors="replace")) > TEXT_BYTES else []
     if len(images) > IMAGES:
         parts.append(f"{len(images) - IMAGES} more images: GET {link}")
     parts += _failure(shape, caller)
@@ -70,7 +76,7 @@ def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Ans
     structured = shape.model_dump(mode="json")
     structured["logs"] = {name: capped(text, link) for name, text in structured["logs"].items()}
     failed = shape.state in EXECUTION_ENDED and shape.state != E.SUCCEEDED
-    return Answer("\n".join(p for p in parts if p), structured, images[:IMAGES], is_error=failed)
+    return Answer("\n".join(p for p in parts if p), structured, images[:IMAGES], links, is_error=failed)
 
 
 def _output(shape: ExecutionShape) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import structlog
@@ -13,13 +13,25 @@ from mcp.server.lowlevel.server import Server
 from mcp.server.stdio import stdio_server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
+from mcp.shared.exceptions import MCPError
 from mcp_types import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    BlobResourceContents,
     CallToolRequestParams,
     CallToolResult,
     ImageContent,
+    ListResourcesResult,
+    ListResourceTemplatesResult,
     ListToolsResult,
     PaginatedRequestParams,
+    ReadResourceRequestParams,
+    ReadResourceResult,
+    Resource,
+    ResourceLink,
+    ResourceTemplate,
     TextContent,
+    TextResourceContents,
     Tool,
     ToolAnnotations,
 )
@@ -28,7 +40,7 @@ from executions import demand, operations
 from executions.errors import SandgateError
 from executions.hop import rows
 from executions.keys import Caller
-from executions.mcp import answers, tools
+from executions.mcp import answers, resources, tools
 from executions.mcp.call import Call
 
 log = structlog.get_logger(__name__)
@@ -60,7 +72,7 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
                     name=name,
                     title=tool.title,
                     description=tool.description.format_map(said),
-                    input_schema=tools.input_schema(tool, offer),
+                    input_schema=tools.input_schema(name, tool, caller.agent, offer),
                     output_schema=tools.output_schema(tool),
                     annotations=ToolAnnotations(
                         title=tool.title,
@@ -95,6 +107,29 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
                 task.cancel()
             raise
 
+    async def list_resources(context: Any, params: PaginatedRequestParams | None) -> ListResourcesResult:
+        with as_protocol_error():
+            caller = await caller_in(context)
+            found, after = await rows(resources.listed, caller, params.cursor if params else None)
+        return ListResourcesResult(resources=[as_link(link, Resource) for link in found], next_cursor=after)
+
+    async def list_templates(context: Any, params: PaginatedRequestParams | None) -> ListResourceTemplatesResult:
+        return ListResourceTemplatesResult(
+            resource_templates=[
+                ResourceTemplate(uri_template=uri, name=name, description=says, mime_type=mime)
+                for uri, (name, says, mime) in resources.TEMPLATES.items()
+            ]
+        )
+
+    async def read_resource(context: Any, params: ReadResourceRequestParams) -> ReadResourceResult:
+        with as_protocol_error():
+            found = await resources.read(await caller_in(context), params.uri)
+        if found.text is not None:
+            content: Any = TextResourceContents(uri=params.uri, mime_type=found.mime, text=found.text)
+        else:
+            content = BlobResourceContents(uri=params.uri, mime_type=found.mime, blob=found.base64)
+        return ReadResourceResult(contents=[content])
+
     return Server(
         "sandgate",
         title="Sandgate",
@@ -102,6 +137,9 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
         instructions=INSTRUCTIONS,
         on_list_tools=list_tools,
         on_call_tool=call_tool,
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_templates,
+        on_read_resource=read_resource,
         get_tool_input_schema=lambda name: None,  # no argument is mirrored in a header
     )
 
@@ -120,11 +158,27 @@ def reporter(context: Any) -> Callable[[float, str], Any] | None:
 
 def as_result(answer: answers.Answer) -> CallToolResult:
     images = [ImageContent(data=data, mime_type=kind) for kind, data in answer.images]
+    links = [as_link(link, ResourceLink) for link in answer.links]
     return CallToolResult(
-        content=[TextContent(text=answer.text), *images],
+        content=[TextContent(text=answer.text), *images, *links],
         structured_content=answer.structured,
         is_error=answer.is_error,
     )
+
+
+def as_link(link: resources.Link, kind: Any) -> Any:
+    return kind(
+        uri=link.uri, name=link.name, description=link.description or None, mime_type=link.mime, size=link.size_bytes
+    )
+
+
+@contextlib.contextmanager
+def as_protocol_error() -> Iterator[None]:
+    """Resources have no error results: what is refused is a JSON-RPC error whose data is the problem that REST would send."""
+    try:
+        yield
+    except SandgateError as e:
+        raise MCPError(INVALID_PARAMS if e.theirs else INTERNAL_ERROR, e.sentence(), e.problem()) from None
 
 
 @contextlib.asynccontextmanager

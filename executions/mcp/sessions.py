@@ -13,7 +13,7 @@ from executions import operations, routes
 from executions.errors import BackendUnavailable, BudgetExhausted, Unsupported
 from executions.hop import rows
 from executions.keys import Caller
-from executions.mcp import answers
+from executions.mcp import answers, resources
 from executions.mcp.answers import Answer
 from executions.mcp.call import Call, SessionId
 from executions.models import Package, Sandbox
@@ -126,7 +126,9 @@ async def end_session(call: Call, asked: EndSession) -> Answer:
         lines.append(
             f'execute_code(files={{"data": {{"artifact": "{kept[0].pk}"}}}}) takes one of them into a later run.'
         )
-    return answers.of(shape, "\n".join(line for line in lines if line))
+    found = answers.of(shape, "\n".join(line for line in lines if line))
+    found.links = [resources.of_artifact(artifact) for artifact in kept]
+    return found
 
 
 class InstallPackage(InstallRequest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from django.conf import settings
@@ -116,9 +116,26 @@ TOOLS = {
 }
 
 
+WORDS = ("languages", "network", "packages", "timeout_max", "answer")  # what a description may say in braces
+
+
 def seen_by(agent: Agent) -> dict[str, Tool]:
-    """The tools that the agent's configuration gives it; an empty list means all."""
-    return {name: tool for name, tool in TOOLS.items() if not agent.tools or name in agent.tools}
+    """The tools that the agent's configuration gives it, with its own titles and descriptions; nothing configured means all."""
+    found = {}
+    for name, tool in TOOLS.items():
+        if not agent.tools or name in agent.tools:
+            own = _configured(agent, name)
+            found[name] = replace(tool, **{part: own[part] for part in ("title", "description") if own.get(part)})
+    return found
+
+
+def _configured(agent: Agent, name: str) -> dict[str, Any]:
+    """What the agent's configuration changes of a tool (mapping.py says how it is written); a plain list changes nothing."""
+    return (agent.tools.get(name) or {}) if isinstance(agent.tools, dict) else {}
+
+
+def _limits(agent: Agent, name: str) -> dict[str, dict[str, Any]]:
+    return _configured(agent, name).get("arguments") or {}
 
 
 async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
@@ -133,11 +150,46 @@ async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
                 f"Agent {agent.name} has no tool {name!r}; it has {known}.", field="name", remedy="Use one of these."
             )
         given = {key: value for key, value in arguments.items() if value is not None}  # models send null for "left out"
-        return await tool.answer(call, parse(tool.arguments, given))
+        return await tool.answer(call, parse(tool.arguments, _limited(agent, name, tool, given)))
     except SandgateError as e:
         if audit.tells(e):
             await rows(audit.denied, e)
         return answers.refusal(e, call.caller.request_id)
+
+
+def _limited(agent: Agent, name: str, tool: Tool, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments within what the configuration allows, with its defaults. Raises Invalid."""
+    for argument, limit in _limits(agent, name).items():
+        if argument in given and limit.get("hidden"):
+            raise Invalid(f"{argument}: agent {agent.name} has no such argument.", field=argument)
+        if over := over_maximum(given.get(argument), limit.get("maximum")):
+            raise Invalid(
+                f"{argument} is {over}, the most that agent {agent.name} may ask of {name}.",
+                field=argument,
+                remedy=f"Ask for at most {limit['maximum']}.",
+            )
+        if argument not in given and (default := _default(agent, tool, argument, limit)) is not None:
+            given[argument] = default
+    return given
+
+
+def _default(agent: Agent, tool: Tool, argument: str, limit: dict[str, Any]) -> Any:
+    """What stands in for an argument that is left out, where it is not the tool's own; never above the limit's maximum."""
+    if "default" in limit:
+        return limit["default"]
+    usual = agent.timeout_seconds if argument == "timeout_seconds" else tool.arguments.model_fields[argument].default
+    return limit["maximum"] if isinstance(usual, int | float) and over_maximum(usual, limit.get("maximum")) else None
+
+
+def over_maximum(value: Any, maximum: int | None) -> str:
+    """How a value is over a maximum: numbers by size, texts, lists and mappings by length; empty when it is not."""
+    if maximum is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, int | float):
+        return f"{value}, above {maximum}" if value > maximum else ""
+    return (
+        f"{len(value)} long, above {maximum}" if isinstance(value, str | list | dict) and len(value) > maximum else ""
+    )
 
 
 def words(offer: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +217,8 @@ def _network(allow: list[str]) -> str:
     return f"HTTP and HTTPS reach {reached}, through the proxy that HTTPS_PROXY names, and nothing else."
 
 
-def input_schema(tool: Tool, offer: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with this agent's languages and times in it."""
+def input_schema(name: str, tool: Tool, agent: Agent, offer: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with this agent's languages, times and limits in it."""
     schema = _bare(tool.arguments.model_json_schema())
     fields = schema["properties"]
     if "language" in fields and offer["languages"]:
@@ -176,7 +228,29 @@ def input_schema(tool: Tool, offer: dict[str, Any]) -> dict[str, Any]:
         said = {"default": times["default"], "maximum": times["max"]}
         fields["timeout_seconds"] = {**fields["timeout_seconds"], "type": "integer", "minimum": 1, **said}
         fields["timeout_seconds"].pop("anyOf", None)
+    for argument, limit in _limits(agent, name).items():
+        if argument not in fields:
+            continue
+        if limit.get("hidden"):
+            del fields[argument]
+        else:
+            _narrow(fields[argument], limit, _default(agent, tool, argument, limit))
+    schema["required"] = [
+        field for field in schema.get("required", []) if "default" not in fields.get(field, {"default": 0})
+    ]
     return schema
+
+
+def _narrow(field: dict[str, Any], limit: dict[str, Any], default: Any) -> None:
+    if limit.get("description"):
+        field["description"] = limit["description"]
+    if default is not None:
+        field["default"] = default
+    if limit.get("maximum"):
+        kinds = [part.get("type") for part in (field, *field.get("anyOf", ()))]
+        bounds = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
+        name = next((bounds[kind] for kind in kinds if kind in bounds), "maximum")
+        field[name] = min(limit["maximum"], field.get(name, limit["maximum"]))
 
 
 def output_schema(tool: Tool) -> dict[str, Any]:

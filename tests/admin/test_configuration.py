@@ -19,7 +19,7 @@ AGENT = {
     "route": "scripted",
     "isolation_floor": "none",
     "languages": ["python"],
-    "tools": "run_code, list_files",
+    "tools": "execute_code, list_files",
     "packages": "emoji, Requests",
     "timeout_seconds": "60",
     "timeout_max_seconds": "600",
@@ -42,7 +42,7 @@ def test_an_agents_lists_are_typed_with_commas_and_stored_as_lists(office, agent
     assert answer.status_code == 302
     agent.refresh_from_db()
     assert agent.route == ["scripted"]
-    assert agent.tools == ["run_code", "list_files"]
+    assert agent.tools == ["execute_code", "list_files"]
     assert agent.packages == ["emoji", "Requests"]
     assert agent.languages == ["python"]
 
