@@ -12,6 +12,7 @@ from datetime import timedelta
 from django.conf import settings
 from django.utils import timezone
 
+from executions import network
 from executions.errors import Forbidden, Invalid, NotFound, Refused, Unauthenticated
 from executions.models import Agent, ApiKey, Membership, SignInLink, Team, User, hot
 from executions.states import Role, Scope
@@ -97,7 +98,9 @@ def make_key(*, team: Team, name: str, agent: Agent | None = None, **fields) -> 
     return key, f"sg_{public}{secret}{_checksum(public + secret)}"
 
 
-def authenticate(token: str | None, *, door: str = "", ip: str | None = None, request_id: str = "") -> Caller:
+def authenticate(
+    token: str | None, *, door: str = "", ip: str | None = None, request_id: str = "", trace_id: str = ""
+) -> Caller:
     """The caller behind a token `sg_…` (or the same hex behind `e2b_`). Raises Unauthenticated."""
     if not token:
         raise Unauthenticated("No key was sent.")
@@ -116,9 +119,12 @@ def authenticate(token: str | None, *, door: str = "", ip: str | None = None, re
         door=door,
         ip=ip,
         request_id=request_id,
+        trace_id=trace_id,
     )
     if not hmac.compare_digest(key.digest, digest_of(secret)) or not key.is_live:
         raise caller.denied(Unauthenticated("The key is unknown, expired or revoked."))
+    if key.allow_from and not network.lies_in(ip, key.allow_from):
+        raise caller.denied(Unauthenticated("The key is not good at this address."))
     return caller
 
 

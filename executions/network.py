@@ -55,6 +55,24 @@ def normalised(texts: list[str]) -> list[str]:
     return list(dict.fromkeys(str(parse(text)) for text in texts))
 
 
+def cidrs(texts: list[str]) -> list[str]:
+    """Networks and addresses of callers, such as 10.0.0.0/8, each in its one form and once. ValueError at the first that is none."""
+    if not isinstance(texts, list) or len(texts) > MOST_RULES:
+        raise ValueError(f"Networks are a list of at most {MOST_RULES}.")
+    return list(dict.fromkeys(str(ip_network(str(text).strip(), strict=False)) for text in texts))
+
+
+def lies_in(address: str | None, networks: Iterable[str]) -> bool:
+    """Whether an address is in one of these; one that is not known is in none."""
+    try:
+        found = ip_address(address or "")
+    except ValueError:
+        return False
+    if isinstance(found, IPv6Address) and found.ipv4_mapped:
+        found = found.ipv4_mapped
+    return any(found in ip_network(network) for network in networks)
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One thing that may be reached: `name` ("*" is any, "*.example.org" all below) or `network`, on `ports`."""

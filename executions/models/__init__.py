@@ -7,6 +7,7 @@ from executions.models.money import LedgerEntry, Quota, Rate, Usage
 from executions.models.packages import Advisory, Approval, PackageLock, PackagePolicy
 from executions.models.pools import Claim, Pool
 from executions.models.records import (
+    AnswerRecord,
     Attestation,
     AuditEvent,
     AuditHead,
@@ -23,6 +24,7 @@ from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team,
 __all__ = [
     "Advisory",
     "Agent",
+    "AnswerRecord",
     "ApiKey",
     "Approval",
     "Artifact",

@@ -71,6 +71,26 @@ class IdempotencyRecord(models.Model):
         return self.token
 
 
+class AnswerRecord(models.Model):
+    """What a write was answered with, so that its repetition under the same Idempotency-Key does nothing again.
+
+    For writes that make no execution and no session: those have IdempotencyRecord, in their own transaction.
+    """
+
+    key = models.ForeignKey(ApiKey, models.CASCADE, related_name="+", db_index=False)
+    token = models.CharField(max_length=255)
+    fingerprint = models.CharField(max_length=64)
+    status = models.PositiveSmallIntegerField(null=True, help_text="Empty: under way, or its process died.")
+    body = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["key", "token"], name="answer_once")]
+
+    def __str__(self) -> str:
+        return self.token
+
+
 class AuditEvent(models.Model):
     """What a person or a program did to configuration, keys, sign-ins and levers, with before and after.
 

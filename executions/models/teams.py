@@ -156,6 +156,9 @@ class ApiKey(models.Model):
     backend = models.CharField(
         max_length=40, blank=True, help_text='Bound to one backend: "scripted" makes a test key that costs nothing.'
     )
+    allow_from = models.JSONField(
+        default=list, blank=True, help_text='Networks that it may be sent from, e.g. ["10.0.0.0/8"]. Empty: any.'
+    )
     created_by = models.ForeignKey(User, models.SET_NULL, null=True, blank=True, related_name="+")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     expires_at = models.DateTimeField(null=True, blank=True)
@@ -170,6 +173,13 @@ class ApiKey(models.Model):
     @property
     def is_live(self) -> bool:
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > timezone.now())
+
+    def clean(self) -> None:
+        super().clean()
+        try:
+            self.allow_from = network.cidrs(self.allow_from)
+        except (TypeError, ValueError) as problem:
+            raise ValidationError({"allow_from": str(problem)}) from None
 
 
 class SignInLink(models.Model):
