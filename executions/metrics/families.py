@@ -64,6 +64,8 @@ FAMILIES = {
     "sandgate_background_last_success_timestamp_seconds": Family(
         "gauge", ("loop",), "When a round of the background work last ended well, in any process."
     ),
+    "sandgate_verified_timestamp_seconds": Family("gauge", (), "When `manage.py verify` last looked at everything."),
+    "sandgate_verify_failed_checks": Family("gauge", (), "How many of its checks found a wrong row then."),
     # read from the rows
     "sandgate_database_up": Family("gauge", (), "1 when the database answered; with 0 nothing else is told."),
     "sandgate_executions_in_flight": Family("gauge", ("backend", "state"), "Executions that have not ended."),

@@ -27,6 +27,7 @@ from executions.operations.sessions import (
 from executions.operations.setup import FirstStart, first_start, seed
 from executions.operations.submit import find_session, submit
 from executions.operations.templates import mistakes, rebuild, template_states
+from executions.operations.verify import verify
 from executions.operations.wait import cancel, execute, find_execution, wait
 from executions.operations.waiting import nudge, position
 
@@ -77,6 +78,7 @@ __all__ = [
     "start",
     "submit",
     "template_states",
+    "verify",
     "wait",
     "wake",
     "why_not",
