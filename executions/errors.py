@@ -10,7 +10,8 @@ SandgateError
 │   │   └── PackageDenied       403
 │   ├── NotFound                404  also another team's
 │   ├── Conflict                409
-│   │   └── KeyReused           422
+│   │   ├── KeyReused           422
+│   │   └── Elsewhere           421  on a machine that this process does not reach
 │   ├── SessionGone             410
 │   ├── QuotaExceeded           429
 │   │   ├── QueueFull           429  nor may one more wait
@@ -149,6 +150,14 @@ class KeyReused(Conflict):
     code = "idempotency_key_reused"
     status = 422
     remedy = "Use a new Idempotency-Key for a new request; repeat the old one only with the same body."
+
+
+class Elsewhere(Conflict):
+    """The session lives on another machine."""
+
+    code = "session_elsewhere"
+    status = 421
+    remedy = "Code runs in it from anywhere. Send what else you want of it to the server on that machine."
 
 
 class SessionGone(Refused):

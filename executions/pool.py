@@ -43,7 +43,7 @@ def claim(caller: Caller, *, alias: str, template: Template, seconds: int, execu
     if found is None or fields.get("env", template.env) not in ({}, template.env):
         return intend(caller, alias=alias, template=template, seconds=seconds, executions=executions, **fields)
     backend = backends.get(alias)
-    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, _node(backend))), None)
+    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, node_of(backend))), None)
     if warm is None or warm.leased_until < timezone.now() + timedelta(seconds=LEFT_SECONDS):
         metrics.add("sandgate_pool_claims_total", alias, "miss")
         return intend(
@@ -116,7 +116,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         actor=caller.person,
         template=template,
         backend=alias,
-        node=_node(backend),
+        node=node_of(backend),
         isolation=backend.isolation,
         cpu_count=template.cpu_count,
         memory_mib=memory_mib,
@@ -132,7 +132,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     return sandbox
 
 
-def _node(backend: Backend) -> str:
+def node_of(backend: Backend) -> str:
     """The machine on which this process has sandboxes of this backend made; empty where any process reaches them."""
     return settings.NODE if backend.has_node else ""
 

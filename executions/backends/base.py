@@ -185,6 +185,11 @@ class Backend:
         self.remote = bool(options.get("REMOTE", self.remote))
         self.slow_seconds = float(options.get("SLOW_SECONDS", self.slow_seconds))
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether a sandbox can be asked for from this machine, as far as is known without asking."""
+        return True
+
     def size_refusal(self, cpu_count: int, memory_mib: int, disk_mib: int) -> str:
         """Why there is no sandbox of this size here; OPTIONS["MOST"], such as {"memory_mib": 8192}, say the largest."""
         asked = {"cpu_count": cpu_count, "memory_mib": memory_mib, "disk_mib": disk_mib}

@@ -292,8 +292,8 @@ class SessionSocket(Socket):
         async with self.asking:
             execution = await rows(operations.submit, caller=self.caller, request=request, idempotency_key=once)
             self.clients[execution.pk] = client_id
-        if execution.waits:
-            operations.nudge()
+        if execution.is_unclaimed:
+            await operations.ring()
         elif not execution.replayed:
             operations.start(execution)
         elif self.told.pop(execution.pk, None):

@@ -73,6 +73,8 @@ async def data(scope: Any, receive: Any, send: Any) -> None:
     sandbox = await rows(find, sandbox_id)
     if sandbox is None:
         return await not_found(send, sandbox_id)
+    if not sandbox.is_here:
+        return await _refuse(send, 421, f"The sandbox lives on machine {sandbox.node}: ask the server there.")
     if not _owner_is_live(sandbox):
         return await _refuse(send, 401, "The key or agent that made this sandbox is switched off.")
     path = "/" + scope["path"].removeprefix(PREFIX).lstrip("/")

@@ -121,6 +121,11 @@ class Execution(HasLifecycle):
         """Whether nobody runs it yet, as there was no room."""
         return self.state == ExecutionState.QUEUED
 
+    @property
+    def is_unclaimed(self) -> bool:
+        """Whether no process runs it yet: it waits, or was left for whichever process is first."""
+        return self.ended_at is None and self.heartbeat_at is None
+
 
 class Attempt(models.Model):
     """One try of an execution on one backend."""

@@ -9,7 +9,7 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
-from executions.errors import SandboxLost
+from executions.errors import Elsewhere, SandboxLost
 from executions.models.base import HasLifecycle, IdField
 from executions.models.teams import Agent, ApiKey, Team, User
 from executions.states import SANDBOX_ENDED, SANDBOX_NEXT, EndReason, SandboxState
@@ -165,9 +165,15 @@ class Sandbox(HasLifecycle):
         """Whether a process on this machine reaches it."""
         return self.node in ("", settings.NODE)
 
+    def must_be_here(self) -> None:
+        """Raises Elsewhere where no process on this machine reaches it."""
+        if not self.is_here:
+            raise Elsewhere(f"The session lives on machine {self.node}, and this is {settings.NODE}.", node=self.node)
+
     @property
     def machine(self) -> dict[str, Any]:
-        """The backend's handle. Raises SandboxLost before the boot has given one."""
+        """The backend's handle. Raises Elsewhere on another machine, SandboxLost before the boot has given one."""
+        self.must_be_here()
         if self.handle is None:
             raise SandboxLost("The sandbox is still starting, or never did.")
         return self.handle

@@ -29,7 +29,7 @@ from executions.operations.submit import find_session, submit
 from executions.operations.templates import mistakes, rebuild, template_states
 from executions.operations.verify import verify
 from executions.operations.wait import cancel, execute, find_execution, wait
-from executions.operations.waiting import nudge, position
+from executions.operations.waiting import position, ring
 
 __all__ = [
     "FirstStart",
@@ -56,7 +56,6 @@ __all__ = [
     "list_files",
     "mistakes",
     "model_of",
-    "nudge",
     "offer",
     "open_session",
     "outage_drill",
@@ -73,6 +72,7 @@ __all__ = [
     "resume_session",
     "retire",
     "revert",
+    "ring",
     "running",
     "seed",
     "start",

@@ -11,7 +11,7 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import artifacts, probe, replenish, templates, waiting
+from executions.operations import artifacts, probe, replenish, sessions, templates, waiting
 from executions.operations.reap import kill_orphans, reap
 from executions.reports import totals
 
@@ -33,6 +33,7 @@ async def background() -> None:
             _rounds("orphans", _kill_orphans, every=ORPHANS_EVERY),
             _rounds("probes", probe.look, every=PROBES_EVERY),
             _rounds("pools", replenish.replenish),
+            _rounds("ends", sessions.tell_ends),
             _rounds("templates", templates.sync),
             _rounds("artifacts", _prune, every=PRUNE_EVERY),
             _rounds("metrics", _flush, every=METRICS_EVERY),

@@ -106,6 +106,7 @@ async def awake(sandbox: Sandbox) -> None:
 
     BackendUnavailable: not now; nothing has run, and the next use tries again.
     """
+    sandbox.must_be_here()
     while sandbox.state == S.PAUSED:
         if await rows(_take_turn, sandbox):
             await asyncio.shield(asyncio.ensure_future(_resume(sandbox)))  # whoever is second counts on it
@@ -165,6 +166,7 @@ def _resumed(sandbox: Sandbox) -> None:
 
 async def pause(sandbox: Sandbox, *, on_request: bool = False) -> None:
     """Pause a session in which nothing runs. Raises Conflict, SessionGone, Unsupported, BackendError; idempotent."""
+    sandbox.must_be_here()
     backend = backends.get(sandbox.backend)
     if not backend.capabilities.pause:
         raise Unsupported(f"Sandboxes of {sandbox.backend} cannot be paused.")
@@ -245,7 +247,7 @@ def find_idle() -> list[Sandbox]:
     """Sessions that are due for a pause, those too whose pause or resume was broken off."""
     now = timezone.now()
     used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")
-    live = Sandbox.objects.open().sessions().filter(state__in=[S.LEASED, S.PAUSED], handle__isnull=False)
+    live = Sandbox.objects.open().here().sessions().filter(state__in=[S.LEASED, S.PAUSED], handle__isnull=False)
     live = live.filter(pause_after_seconds__gt=0, leased_until__gt=now).exclude(pk__in=used)
     live = live.exclude(state=S.PAUSED, turning_until__isnull=True).exclude(turning_until__gt=now)
     return [sandbox for sandbox in live.select_related("template")[:AT_ONCE] if due(sandbox, now)]

@@ -23,6 +23,7 @@ E, S = ExecutionState, SandboxState
 log = logging.getLogger(__name__)
 STALE_BEATS = 3
 RETIRED_AT_ONCE = 20
+FAR_PATIENCE = timedelta(minutes=2)  # after its end, by which another machine's node has ended a sandbox by itself
 SETTLED = timedelta(seconds=10)  # after which a provider's list is sure to name what it has made
 _retiring: set[asyncio.Task] = set()
 
@@ -43,6 +44,8 @@ async def retire(sandbox: Sandbox, reason: str) -> bool:
     """End a sandbox: RETIRING, kill, GONE. False while the kill is not confirmed; the row stays RETIRING for `reap`."""
     if not await rows(begin_retiring, sandbox, reason):
         return sandbox.state == S.GONE
+    if not sandbox.is_here and sandbox.leased_until > timezone.now() - FAR_PATIENCE:
+        return False  # to a process on its machine the row says what to do
     if not await artifacts.keep_at_end(sandbox, reason):
         return False
     await note_egress(sandbox, final=True)
@@ -60,7 +63,7 @@ async def note_egress(sandbox: Sandbox, *, final: bool = False) -> None:
 
 
 def find_networked() -> list[Sandbox]:
-    live = Sandbox.objects.open().filter(state=S.LEASED, handle__isnull=False)
+    live = Sandbox.objects.open().here().filter(state=S.LEASED, handle__isnull=False)
     return list(live.exclude(network_allow=[])[:500])
 
 
@@ -101,8 +104,14 @@ def find_stale() -> list[Execution]:
 
 @transaction.atomic(durable=True)
 def close_stale(execution: Execution) -> None:
-    """An execution without a runner: never run twice. Before RUNNING nothing ran, and the caller is told so."""
-    now = timezone.now()
+    """An execution without a runner: never run twice. Before RUNNING nothing ran, and the caller is told so.
+
+    One that was left to whichever process is first goes back to them then.
+    """
+    now, sandbox = timezone.now(), execution.sandbox
+    left = execution.wish and execution.state == E.STARTING and not execution.cancel_requested_at
+    if left and sandbox is not None and not sandbox.kept:
+        return _give_back(execution, sandbox)
     if execution.cancel_requested_at:
         state, code, said = E.CANCELLED, "cancelled", execution.cancel_reason
     elif execution.state == E.RUNNING:
@@ -113,7 +122,6 @@ def close_stale(execution: Execution) -> None:
     Attempt.objects.filter(execution=execution, outcome=AttemptOutcome.OPEN).update(
         outcome=AttemptOutcome.LOST, code=code, ended_at=now
     )
-    sandbox = execution.sandbox
     if sandbox is not None and not sandbox.ended_at:
         sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
         if not sandbox.ended_at:
@@ -125,13 +133,29 @@ def close_stale(execution: Execution) -> None:
             Execution.objects.filter(pk=execution.pk).update(cost_nano_usd=price)
 
 
+def _give_back(execution: Execution, sandbox: Sandbox) -> None:
+    """Let it begin anew. Its sandbox is retired, so that a runner that was only slow cannot use it any more."""
+    sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
+    if sandbox.state in (S.BOOTING, S.LEASED):
+        sandbox.advance(S.RETIRING, reason="runner_lost", end_reason=EndReason.LOST)
+    now, code = timezone.now(), "runner_lost"
+    execution.advance(
+        E.QUEUED, reason=code, sandbox=None, backend="", started_at=None, heartbeat_at=None,
+        waits_for="The process that was to run it died before any code had run.",
+        waits_until=now + timedelta(seconds=max(60, settings.QUEUE_SECONDS)),
+    )  # fmt: skip
+    attempts = Attempt.objects.filter(execution=execution, outcome=AttemptOutcome.OPEN)
+    attempts.update(outcome=AttemptOutcome.LOST, code=code, ended_at=now)
+
+
 # Sandboxes whose time is over
 
 
 def find_over() -> list[tuple[Sandbox, str]]:
     """Open sandboxes that nobody may be using any more, with the reason why. Pending rows are left alone."""
     now = timezone.now()
-    rows_open = Sandbox.objects.open().select_related("template")
+    ours = Q(node__in=["", settings.NODE]) | Q(leased_until__lt=now - FAR_PATIENCE)
+    rows_open = Sandbox.objects.open().filter(ours).select_related("template")
     retiring = rows_open.filter(state=S.RETIRING).exclude(turning_until__gt=now)  # there, files are being kept
     found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in retiring[:100]]
     found += [(s, EndReason.EXPIRED) for s in rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now)[:100]]
@@ -157,7 +181,8 @@ async def reap(*, orphans: bool = True) -> int:
     for execution in await rows(find_stale):
         try:
             await rows(close_stale, execution)
-            metrics.ended(execution)
+            if not execution.is_open:
+                metrics.ended(execution)
             mended += 1
         except IllegalTransition:
             continue
@@ -204,7 +229,7 @@ async def kill_orphans() -> int:
 
 def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]:
     """Sandboxes that wait, in a pool or for their session's next run, and that their backend did not name when it was asked."""
-    alive = Sandbox.objects.open().filter(backend=alias, handle__isnull=False)
+    alive = Sandbox.objects.open().here().filter(backend=alias, handle__isnull=False)
     pooled = Q(pool__isnull=False, state=S.IDLE, ready_at__lt=asked_at)
     kept = Q(kept=True, state__in=[S.LEASED, S.PAUSED], ready_at__lt=asked_at - SETTLED)
     used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")

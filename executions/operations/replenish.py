@@ -120,7 +120,7 @@ def plan(found: Pool) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
 def _look(found: Pool) -> tuple[int, bool, list[tuple[Sandbox, str]]]:
     """(how many are missing, whether any is being booted, what is to be let go of)."""
     now = timezone.now()
-    held = found.sandboxes.filter(ended_at=None, state__in=[S.BOOTING, S.IDLE]).exclude(made_of="")
+    held = found.sandboxes.here().filter(ended_at=None, state__in=[S.BOOTING, S.IDLE]).exclude(made_of="")
     counted: list[Sandbox] = []
     surplus: list[tuple[Sandbox, str]] = []
     digest = pool.made_of(found, found.template)

@@ -125,6 +125,9 @@ class Run:
                 if self.stopped_by is None:
                     raise
                 verdict = self._stopped()
+            except IllegalTransition:
+                await self._let_go()
+                raise
             except Exception as e:
                 verdict = self._broken(e)
             await self._end(*verdict)
@@ -134,6 +137,12 @@ class Run:
         except Exception:
             log.exception("run_broke", extra={"execution_id": execution.pk})
         return execution
+
+    async def _let_go(self) -> None:
+        """Another process has it now, or has ended it: end what was made here, and leave the rows alone."""
+        sandbox = self.execution.sandbox
+        if sandbox is not None and not sandbox.kept and not sandbox.ended_at:
+            await kill(sandbox)
 
     # Boot
 

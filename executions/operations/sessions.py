@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
@@ -17,6 +19,7 @@ from django.utils import timezone
 from executions import backends, breaker, capacity, egress, pool, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
+    BackendError,
     BackendUnavailable,
     FileRefused,
     Invalid,
@@ -186,16 +189,40 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
         raise Invalid("timeout_seconds: between 1 and 86400.", field="timeout_seconds")
     caller.needs(Scope.RUN)
     if paused := await rows(_extend_paused, caller, session_id, seconds):
-        if not pausing.is_free(paused):  # what is frozen has its time at the backend, which runs on
+        if paused.is_here and not pausing.is_free(paused):  # what is frozen has its time at the backend, which runs on
             await backends.get(paused.backend).set_timeout(paused.machine, seconds + paused.grace_seconds)
         return paused
-    sandbox = await _alive(caller, session_id)
+    sandbox = await rows(claim_session, caller, session_id)
+    if sandbox.is_here:
+        await pausing.awake(sandbox)
     end = await rows(_reserve, sandbox, seconds)
     with gone_is_recorded(sandbox):
-        await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds + sandbox.grace_seconds)
+        if sandbox.is_here:  # elsewhere `tell_ends` reads it out of the row
+            await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds + sandbox.grace_seconds)
     await rows(Sandbox.objects.filter(pk=sandbox.pk).update, leased_until=end)
     sandbox.leased_until = end
     return sandbox
+
+
+_told: dict[str, datetime] = {}  # the ends of this machine's sessions, as this process has told them to the node
+
+
+async def tell_ends() -> None:
+    """Have this machine's node end its sessions when their rows say so: another machine may have moved their ends."""
+    ours = await rows(_on_this_node)
+    for gone in _told.keys() - {sandbox.pk for sandbox in ours}:
+        del _told[gone]
+    for sandbox in ours:
+        if _told.get(sandbox.pk) != sandbox.leased_until:
+            left = max(1, math.ceil((sandbox.leased_until - timezone.now()).total_seconds())) + sandbox.grace_seconds
+            with contextlib.suppress(BackendError):  # it is tried again, or `reap` finds it dead
+                await backends.get(sandbox.backend).set_timeout(sandbox.machine, left)
+                _told[sandbox.pk] = sandbox.leased_until
+
+
+def _on_this_node() -> list[Sandbox]:
+    ours = Sandbox.objects.open().sessions().filter(node=settings.NODE, state=S.LEASED, handle__isnull=False)
+    return [sandbox for sandbox in ours if sandbox.backend in backends.aliases()]
 
 
 @transaction.atomic(durable=True)

@@ -17,37 +17,51 @@ from django.utils import timezone
 from executions import backends, breaker, capacity, egress, metrics, pool, quotas, routes
 from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NotFound, QueueFull, Refused, SessionGone
 from executions.keys import Caller
-from executions.models import Agent, Attempt, Execution, IdempotencyRecord, Refusal, Sandbox, Template, hot
+from executions.models import (
+    Agent,
+    Attempt,
+    Execution,
+    IdempotencyRecord,
+    IllegalTransition,
+    Refusal,
+    Sandbox,
+    Template,
+    hot,
+)
 from executions.operations import artifacts, pausing
 from executions.serializers import KeptFile, Submission
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope, SkipCode
 
 E = ExecutionState
+ELSEWHERE_SECONDS = 30  # in which a process on the session's machine takes what is left for it
 INTERPRETERS = {"python": "python3 -u", "bash": "bash", "javascript": "node", "r": "Rscript"}
 
 
-def submit(*, caller: Caller, request: Submission, idempotency_key: str | None = None) -> Execution:
+def submit(
+    *, caller: Caller, request: Submission, idempotency_key: str | None = None, later: bool = False
+) -> Execution:
     """Admit one execution: quotas and money taken, sandbox claimed or intended, rows inserted, or nothing at all.
 
-    The execution comes back claimed by this process, to be passed to `start`; unless it `waits`, as there is no room
-    for it now, or `replayed` is set on it, as the same request was admitted before. Raises Refused; the refusal is stored.
+    The execution comes back claimed by this process, to be passed to `start`; unless it `is_unclaimed`, as there is no
+    room for it now, or its session lives on another machine, or `later` leaves it to whichever process is first; or
+    `replayed` is set on it, as the same request was admitted before. Raises Refused; the refusal is stored.
     """
     caller.needs(Scope.RUN)
     caller = replace(caller.acting_as(request.agent), user=request.user, workflow=request.workflow)
     try:
         try:
-            return _admitted(caller, request, idempotency_key)
+            return _admitted(caller, request, idempotency_key, later)
         except TwinAdmitted:
-            return _admitted(caller, request, idempotency_key)
+            return _admitted(caller, request, idempotency_key, later)
     except Refused as refusal:
         record_refusal(caller, refusal)
         raise
 
 
-def _admitted(caller: Caller, request: Submission, idempotency_key: str | None) -> Execution:
+def _admitted(caller: Caller, request: Submission, idempotency_key: str | None, later: bool) -> Execution:
     """Now; where a quota or a plan has no room, on this machine or later, as it says; else its refusal is raised."""
     try:
-        return _admit(caller, request, idempotency_key)
+        return _admit(caller, request, idempotency_key, later=later)
     except Refused as e:
         full = e
     if full.goes_local:
@@ -81,6 +95,7 @@ def _admit(
     request: Submission,
     idempotency_key: str | None,
     *,
+    later: bool = False,
     route: list[str] | None = None,
     full: Refused | None = None,
     patience_seconds: int = 0,
@@ -144,6 +159,9 @@ def _admit(
     )
     if full is None:
         path, fields, planned = _place(caller, execution, wish)
+        if _is_left(fields["sandbox"], later):
+            path, fields = (E.STARTING,), fields | _unclaimed(fields["sandbox"])
+            execution.wish = asdict(wish)  # should whoever takes it die before anything has run
         for name, value in fields.items():
             setattr(execution, name, value)
         execution.bear(E.QUEUED, *path)
@@ -162,7 +180,7 @@ def _admit(
 def begin(execution_id: str) -> Execution | None:
     """Start one that has waited: all that its admission would have taken is taken now. None when it waits no more.
 
-    Raises Refused, and nothing has changed. It comes back claimed by this process.
+    Raises Refused, and nothing has changed. It comes back claimed by this process, unless its session lives elsewhere.
     """
     with transaction.atomic(durable=True), hot.together():
         still = Execution.objects.select_for_update(skip_locked=True, of=("self",)).filter(pk=execution_id)
@@ -173,9 +191,27 @@ def begin(execution_id: str) -> Execution | None:
         if caller.key is not None and not caller.key.is_live:
             raise Forbidden("The key that asked for it has expired or was revoked while it waited.")
         path, fields, route = _place(caller, execution, Wish(**execution.wish))
+        if _is_left(fields["sandbox"], False):
+            path, fields = (E.STARTING,), fields | _unclaimed(fields["sandbox"])
         execution.advance(*path, **fields)
-        _try_first(execution, route)
+        _try_first(execution, route, tried=execution.attempts.count())
     return execution
+
+
+def _is_left(sandbox: Sandbox, later: bool) -> bool:
+    """Whether another process is to run it. What is simulated lives in the memory of the process that has made it."""
+    if sandbox.handle is not None and backends.get(sandbox.backend).isolation == "simulated":
+        return False
+    return later or not sandbox.is_here
+
+
+def _unclaimed(sandbox: Sandbox) -> dict[str, Any]:
+    """The columns of an execution that no process runs yet. Where its machine's are to, others end it after a while."""
+    columns: dict[str, Any] = {"started_at": None, "running_at": None, "heartbeat_at": None}
+    if not sandbox.is_here:
+        columns["waits_for"] = f"No process on machine {sandbox.node}, where its session lives, has taken it."
+        columns["waits_until"] = timezone.now() + timedelta(seconds=ELSEWHERE_SECONDS)
+    return columns
 
 
 def _place(
@@ -215,8 +251,8 @@ def _place(
     return (E.STARTING, E.RUNNING) if ready else (E.STARTING,), fields, route
 
 
-def _try_first(execution: Execution, route: routes.Route) -> None:
-    """Its attempts: those that were left out, with why, and the first."""
+def _try_first(execution: Execution, route: routes.Route, *, tried: int = 0) -> None:
+    """Its attempts: those that were left out, with why, and the first; `tried` it has already."""
     attempts = [
         Attempt(
             execution=execution,
@@ -226,10 +262,10 @@ def _try_first(execution: Execution, route: routes.Route) -> None:
             reason=left.why[:500],
             code=left.code,
         )
-        for n, left in enumerate(route.skipped, start=1)
+        for n, left in enumerate(route.skipped, start=tried + 1)
     ]
-    first = {"backend": execution.backend, "sandbox": execution.sandbox, "started_at": execution.started_at}
-    attempts.append(Attempt(execution=execution, number=len(attempts) + 1, **first))
+    first = {"backend": execution.backend, "sandbox": execution.sandbox}
+    attempts.append(Attempt(execution=execution, number=tried + len(attempts) + 1, **first))
     hot.insert(attempts)
     execution.tried = attempts
 
@@ -276,7 +312,8 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
                 caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
                 memory_mib=old.memory_mib, network_allow=old.network_allow,
             )  # fmt: skip
-            Execution.objects.filter(pk=execution.pk).update(sandbox=sandbox, backend=alias)
+            if not Execution.objects.filter(pk=execution.pk, sandbox=old).update(sandbox=sandbox, backend=alias):
+                raise IllegalTransition(f"{execution.pk}: it was given to another process.")
             attempt = Attempt.objects.create(
                 execution=execution,
                 number=len(execution.tried) + 1,

@@ -29,18 +29,19 @@ async def execute(
     """Admit and run; returns its shape at the end, or as it stands after `wait_seconds` (None: until the end).
 
     `caller` may be a function that authenticates and parses, so that both happen on the same hop as the admission.
+    With `wait_seconds=0` nobody waits, and whichever process is first runs it.
     The run goes on when the waiting task is cancelled, unless the request asked for `cancel_on_disconnect`.
     """
 
     def admit() -> Execution:
         who, what = caller() if callable(caller) else (caller, request)
         assert what is not None
-        return submit(caller=who, request=what, idempotency_key=idempotency_key)
+        return submit(caller=who, request=what, idempotency_key=idempotency_key, later=wait_seconds == 0)
 
     execution = await rows(admit)
-    if execution.waits and not execution.replayed:
-        waiting.nudge()
-    if execution.replayed or execution.waits:
+    if execution.is_unclaimed and not execution.replayed:
+        await waiting.ring()
+    if execution.replayed or execution.is_unclaimed:
         try:
             return await wait(execution, wait_seconds)
         except asyncio.CancelledError:
@@ -102,6 +103,6 @@ async def cancel(*, execution: Execution, caller: Caller | None = None, reason: 
     asked = await rows(request_cancel, execution=execution, caller=caller, reason=reason)
     if asked and (here := running(execution.pk)):
         here.cancel(execution.cancel_reason)
-    elif asked and execution.waits:
-        waiting.nudge()
+    elif asked and execution.is_unclaimed:
+        await waiting.ring()
     return asked

@@ -1,7 +1,10 @@
-"""The queue: executions that were admitted, but have to wait for room. It is in the rows; any process starts the next.
+"""The queue: executions that nobody runs yet. It is in the rows, and any process takes the next one; none belongs to its maker.
 
-Fair among agents: next is the oldest of the agent that has the fewest under way. What waits is not counted as under
-way, holds no money and no sandbox, and is refused for good when its patience ends.
+Some wait for room: nothing is taken for them yet. They are started fair among agents: next is the oldest of the agent that
+has the fewest under way. What waits is not counted as under way, and is refused for good when its patience ends.
+
+Others were admitted with all that they need and left for whichever process is first (`Prefer: respond-async`), or for one
+on the machine where their session lives. Whoever writes the first sign of life into the row has it.
 """
 
 from __future__ import annotations
@@ -10,63 +13,167 @@ import asyncio
 import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
 
+from django.conf import settings
 from django.db import transaction
-from django.db.models import Count, QuerySet
+from django.db.models import Count, Model, Q, QuerySet
 from django.utils import timezone
 
-from executions import journal
-from executions.errors import QueueTimedOut, Refused
+from executions import backends, journal, ledger, pool
+from executions.errors import QueueTimedOut, Refused, SessionGone
 from executions.hop import rows
-from executions.models import Execution, IllegalTransition
+from executions.models import Execution, hot
 from executions.operations import run
 from executions.operations.submit import begin
-from executions.states import ExecutionState
+from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
-E = ExecutionState
+E, S = ExecutionState, SandboxState
 LOOK_SECONDS = 0.2  # while something waits: room may appear in another process
-IDLE_SECONDS = 1.0  # another process may have let something wait
+IDLE_SECONDS = 0.5  # another process may have let something wait, and without Redis nobody rings
 SEEN_AT_ONCE = 500
 TRIES_AT_ONCE = 50  # agents whose next one has no room; the others are looked at when somebody has
+CLAIMS_AT_ONCE = 20  # so that many processes share a burst
+MOST_RUNNING = 1000  # in one process; what is more is left to the others
+NODELESS = timedelta(seconds=5)  # after which one that needs a node is taken where there is none, and told so
+QUEUE = "queue"  # the doorbell's name
 log = logging.getLogger(__name__)
 
 _nudged: asyncio.Event | None = None
 
 
 def nudge() -> None:
-    """There may be room now, or somebody new who waits."""
+    """There may be room now, or something new to take, for this process to see."""
     if _nudged is not None:
         _nudged.set()
 
 
+async def ring() -> None:
+    """Something was left to whoever is first: every process that serves the queue looks now."""
+    nudge()
+    await journal.ring(QUEUE)
+
+
 async def serve() -> None:
-    """Start what waits when there is room, for ever. Ends by being cancelled."""
+    """Take what nobody runs yet, for ever. Ends by being cancelled."""
     global _nudged
     _nudged = asyncio.Event()
     if nudge not in run.when_over:
         run.when_over.append(nudge)
+    hearing = asyncio.create_task(_hear())
     patience = IDLE_SECONDS
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    await _nudged.wait()
+            except TimeoutError:
+                pass
+            _nudged.clear()
+            try:
+                patience = LOOK_SECONDS if await look() else IDLE_SECONDS
+            except Exception:
+                log.exception("waiting_round_failed")
+    finally:
+        hearing.cancel()
+
+
+async def _hear() -> None:
+    """Look whenever another process rings; without a doorbell that works the rounds go on all the same."""
     while True:
         try:
-            async with asyncio.timeout(patience):
-                await _nudged.wait()
-        except TimeoutError:
-            pass
-        _nudged.clear()
-        try:
-            patience = LOOK_SECONDS if await look() else IDLE_SECONDS
-        except Exception:
-            log.exception("waiting_round_failed")
+            async with journal.Doorbell(QUEUE) as bell:
+                while True:
+                    if await bell.wait(60):
+                        nudge()
+        except Exception as e:
+            log.warning("doorbell_unheard", extra={"error": type(e).__name__})
+            await asyncio.sleep(1)
 
 
 async def look() -> int:
     """One round; returns how many still wait."""
-    started, ended, left = await rows(_next_ones)
-    for execution in started:
+    claimed, ended = await rows(_claim_left) if len(run._runs) < MOST_RUNNING else ([], [])
+    started, given_up, left = await rows(_next_ones)
+    for execution in claimed + started:
         run.start(execution)
-    for execution in ended:
+    for execution in ended + given_up:
         await journal.ring(execution.pk)
+    if len(claimed) >= CLAIMS_AT_ONCE:
+        nudge()
     return left
+
+
+# What was left for whoever is first
+
+
+def _claim_left() -> tuple[list[Execution], list[Execution]]:
+    """(claimed by this process, ended instead)."""
+    claimed: list[Execution] = []
+    ended: list[Execution] = []
+    now = timezone.now()
+    for execution in _left(now).only("pk", "cancel_requested_at", "waits_until").order_by("created_at")[:SEEN_AT_ONCE]:
+        if execution.cancel_requested_at or (execution.waits_until and execution.waits_until <= now):
+            ended += _give_up(execution)
+        elif (taken := claim(execution.pk)) is not None:
+            (claimed if taken.is_open else ended).append(taken)
+        if len(claimed) >= CLAIMS_AT_ONCE:
+            break
+    return claimed, ended
+
+
+def _left(now: datetime) -> QuerySet[Execution]:
+    """What this process may take, or end."""
+    over = Q(cancel_requested_at__isnull=False) | Q(waits_until__lt=now) | Q(sandbox__leased_until__lt=now)
+    here = Q(sandbox__handle__isnull=True) | Q(sandbox__node__in=["", settings.NODE])
+    known = _unclaimed().exclude(state=E.QUEUED).filter(backend__in=backends.aliases())
+    return known.filter(over | here)
+
+
+def claim(execution_id: str) -> Execution | None:
+    """Take one that was left; None where another process was first, or is to be, as the node that it needs is there.
+
+    It comes back claimed by this process, or ended, as its sandbox has.
+    """
+    with transaction.atomic(durable=True):
+        still = _unclaimed().exclude(state=E.QUEUED).select_for_update(skip_locked=True, of=("self",))
+        related = ("team", "agent__template", "key", "actor", "sandbox__template", "sandbox__agent")
+        execution = still.filter(pk=execution_id).select_related(*related).first()
+        if execution is None:
+            return None
+        sandbox, now = execution.sandbox, timezone.now()
+        assert sandbox is not None
+        began: dict[str, Any] = {"started_at": now, "heartbeat_at": now}
+        if sandbox.state == S.BOOTING:
+            backend = backends.get(sandbox.backend)
+            if not backend.is_reached and execution.created_at > now - NODELESS:
+                return None
+            waited = now - sandbox.created_at  # of which the provider knows nothing
+            moved = {"metered_until": now, "leased_until": sandbox.leased_until + waited, "node": pool.node_of(backend)}
+            hot.change(sandbox, moved)
+            hot.change(execution, began)
+            _set(sandbox, moved)
+        elif sandbox.state not in (S.LEASED, S.PAUSED) or sandbox.leased_until <= now:
+            _close(execution, SessionGone("Its sandbox had ended before a process took it; nothing has run."))
+            return execution
+        elif not sandbox.is_here:
+            return None
+        elif sandbox.state == S.LEASED:
+            execution.advance(E.RUNNING, running_at=now, **began)
+        else:
+            hot.change(execution, began)
+        _set(execution, began)
+        execution.tried = list(execution.attempts.order_by("number"))
+    return execution
+
+
+def _set(row: Model, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(row, name, value)
+
+
+# What waits for room
 
 
 def _next_ones() -> tuple[list[Execution], list[Execution], int]:
@@ -75,30 +182,35 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
     started: list[Execution] = []
     ended: list[Execution] = []
     if not waiting:
-        return started, ended, 0
+        return [], [], 0
     now, full = timezone.now(), set[str]()  # agents: what stands behind their next one waits with it
     for execution in in_turn(waiting):
         if execution.cancel_requested_at or (execution.waits_until and execution.waits_until <= now):
-            ended += [execution] if _give_up(execution) else []
+            ended += _give_up(execution)
             continue
         if execution.agent_id in full or len(full) >= TRIES_AT_ONCE:
             continue
         try:
             begun = begin(execution.pk)
-            started += [begun] if begun else []
+            started += [begun] if begun and not begun.is_unclaimed else []
         except Refused as refusal:
             if refusal.waits_seconds:
                 full.add(execution.agent_id)
                 _still_waits(execution, refusal)
             else:
-                ended += [execution] if _give_up(execution, refusal) else []
+                ended += _give_up(execution, refusal)
     return started, ended, len(waiting) - len(started) - len(ended)
+
+
+def _unclaimed() -> QuerySet[Execution]:
+    """By an index of open rows alone: its conditions have no parameters."""
+    return Execution.objects.open().filter(heartbeat_at__isnull=True)
 
 
 def _waiting() -> QuerySet[Execution]:
     """Oldest first, without what they carry."""
     own = ("state", "agent", "created_at", "cancel_requested_at", "cancel_reason", "waits_for", "waits_until")
-    return Execution.objects.filter(state=E.QUEUED).only(*own).order_by("created_at")
+    return _unclaimed().filter(state=E.QUEUED).only(*own, "heartbeat_at", "ended_at").order_by("created_at")
 
 
 def in_turn(waiting: Iterable[Execution]) -> Iterator[Execution]:
@@ -136,18 +248,27 @@ def _still_waits(execution: Execution, refusal: Refused) -> None:
 
 
 @transaction.atomic(durable=True)
-def _give_up(execution: Execution, refusal: Refused | None = None) -> bool:
-    """End it without having started it; False when somebody else started or ended it first."""
-    try:
-        if execution.cancel_requested_at:
-            said = execution.cancel_reason
-            execution.advance(E.CANCELLED, reason="cancelled", error_code="cancelled", error_value=said)
-        else:
-            why = refusal or QueueTimedOut(f"It waited for {_waited(execution)} s: {execution.waits_for}")
-            execution.advance(E.ERRORED, reason=why.code, error_code=why.code, error_value=why.detail)
-    except IllegalTransition:
-        return False
-    return True
+def _give_up(execution: Execution, refusal: Refused | None = None) -> list[Execution]:
+    """End it without having run it: [the row]; [] when somebody else has taken or ended it first."""
+    still = _unclaimed().select_for_update(skip_locked=True, of=("self",)).filter(pk=execution.pk)
+    for found in still.select_related("sandbox"):
+        _close(found, refusal or QueueTimedOut(f"It waited for {_waited(found)} s: {found.waits_for}"))
+        return [found]
+    return []
+
+
+def _close(execution: Execution, why: Refused) -> None:
+    """Nothing has run: give back what it had taken. Call it in a transaction that holds the row."""
+    state, code, said = E.ERRORED, why.code, why.detail
+    if execution.cancel_requested_at:
+        state, code, said = E.CANCELLED, "cancelled", execution.cancel_reason
+    execution.advance(state, reason=code, error_code=code, error_value=said)
+    ended = {"outcome": AttemptOutcome.LOST, "code": code, "ended_at": execution.ended_at}
+    execution.attempts.filter(outcome=AttemptOutcome.OPEN).update(**ended)
+    sandbox = execution.sandbox
+    if sandbox is not None and sandbox.state == S.BOOTING:  # nobody has asked for it
+        _, billed = ledger.bill(sandbox, final=True)
+        sandbox.advance(S.GONE, reason=code, end_reason=EndReason.KILLED, **billed)
 
 
 def _waited(execution: Execution) -> int:

@@ -69,7 +69,11 @@ def pair() -> Iterator[Pair]:
         with servers.running(uvicorn, ready="running on", cwd=HOME, env=names):
             two = servers.free_port()
             daphne = [sys.executable, "-c", DAPHNE.format(port=two)]
-            with servers.running(daphne, ready="running on", cwd=HOME, env=names):
+            worker = [sys.executable, "-u", "manage.py", "worker"]
+            with (
+                servers.running(daphne, ready="running on", cwd=HOME, env=names),
+                servers.running(worker, ready="Working", cwd=HOME, env=names),
+            ):
                 yield Pair(f"http://127.0.0.1:{one}", f"http://127.0.0.1:{two}", token, links)
 
 

@@ -105,6 +105,10 @@ class LocalBackend(Backend):
         return replace(CAPABILITIES, languages=LANGUAGES.union(*noted))
 
     @property
+    def is_reached(self) -> bool:
+        return os.path.exists(os.path.join(self.run_dir, "node.sock"))
+
+    @property
     def run_dir(self) -> str:
         return os.path.abspath(self.options["RUN_DIR"])
 

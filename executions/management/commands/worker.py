@@ -16,11 +16,12 @@ DRAIN_SECONDS = 3
 
 
 class Command(BaseCommand):
-    help = "Do what goes on beside the requests: start what waits, fill pools, reap, add up. Any number of them."
+    help = "Do what goes on beside the requests: run what was left, start what waits, fill pools, reap, add up. Any number."
 
     def handle(self, **options: Any) -> None:
         boot.data_folder()
         boot.database()
+        boot.many_files()
         asyncio.run(work(lambda: self.stdout.write("Working. Ctrl-C ends it.")))
         hop.close()
 
@@ -33,9 +34,10 @@ async def work(say: Any) -> None:
     working, told = asyncio.create_task(operations.background()), asyncio.create_task(ended.wait())
     say()
     await asyncio.wait([working, told], return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, told):  # first of all nothing new is taken
+        task.cancel()
     await operations.drain(DRAIN_SECONDS)
     for task in (working, told):
-        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task  # it must not end by itself: if it has, this raises what it died of
     await backends.close_all()
