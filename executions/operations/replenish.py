@@ -23,7 +23,7 @@ from executions.states import EndReason, SandboxState
 S = SandboxState
 BOOT_SECONDS = 15  # longer than this a boot is given up
 BOOT_PATIENCE = timedelta(seconds=20)  # then whoever booted it has died
-TOGETHER_SECONDS = 0.05  # claims that come so close are made good in one round
+TOGETHER_SECONDS = 0.2  # claims that come so close are made good in one round
 SETTLED_AT_ONCE = 500
 BOOTS_AT_ONCE = 10  # of one pool and round
 REPLACE_SECONDS = 90  # its successor is booted when its provider would end it in so long,
@@ -121,27 +121,29 @@ def _look(found: Pool) -> tuple[int, bool, list[tuple[Sandbox, str]]]:
     """(how many are missing, whether any is being booted, what is to be let go of)."""
     now = timezone.now()
     held = found.sandboxes.here().filter(ended_at=None, state__in=[S.BOOTING, S.IDLE]).exclude(made_of="")
-    counted: list[Sandbox] = []
-    surplus: list[tuple[Sandbox, str]] = []
-    digest = pool.made_of(found, found.template)
-    for sandbox in held.select_related("template", "agent").order_by("leased_until"):
-        left = (sandbox.leased_until - now).total_seconds()
-        if sandbox.state == S.BOOTING and sandbox.created_at < now - BOOT_PATIENCE:
-            surplus.append((sandbox, EndReason.LOST))
-        elif sandbox.state == S.IDLE and not _as_today(sandbox, digest):
-            surplus.append((sandbox, EndReason.EVICTED))
+    facts = held.order_by("leased_until").values_list(
+        "pk", "state", "created_at", "leased_until", "made_of", "isolation"
+    )
+    isolation = backends.get(found.backend).isolation if found.backend in backends.aliases() else ""
+    as_today = (pool.made_of(found, found.template), isolation)
+    ready: list[str] = []
+    booting, over = 0, dict[str, str]()
+    for pk, state, created_at, leased_until, *made in facts:  # no whole rows: there may be hundreds, and most stay
+        left = (leased_until - now).total_seconds()
+        if state == S.BOOTING and created_at < now - BOOT_PATIENCE:
+            over[pk] = EndReason.LOST
+        elif state == S.IDLE and tuple(made) != as_today:
+            over[pk] = EndReason.EVICTED
         elif left < RETIRE_SECONDS:
-            surplus.append((sandbox, EndReason.IDLE))
+            over[pk] = EndReason.IDLE
+        elif left >= REPLACE_SECONDS and state == S.BOOTING:
+            booting += 1
         elif left >= REPLACE_SECONDS:
-            counted.append(sandbox)
-    missing = demand.wanted(found, now) - len(counted)
-    ready = [sandbox for sandbox in counted if sandbox.state == S.IDLE]
-    surplus += [(sandbox, EndReason.IDLE) for sandbox in ready[: max(0, -missing)]]
-    return missing, len(ready) < len(counted), surplus
-
-
-def _as_today(sandbox: Sandbox, digest: str) -> bool:
-    return sandbox.made_of == digest and sandbox.isolation == backends.get(sandbox.backend).isolation
+            ready.append(pk)
+    missing = demand.wanted(found, now) - len(ready) - booting
+    over |= dict.fromkeys(ready[: max(0, -missing)], EndReason.IDLE)
+    whole = Sandbox.objects.select_related("template", "agent").in_bulk(list(over)) if over else {}
+    return missing, booting > 0, [(whole[pk], reason) for pk, reason in over.items() if pk in whole]
 
 
 def _intents(found: Pool, missing: int, is_booting: bool) -> tuple[list[Sandbox], str]:
