@@ -198,6 +198,8 @@ RATE_CEILING_NANO_USD_PER_SECOND = env.int("SANDGATE_RATE_CEILING_NANO_USD_PER_S
 DATA_UPLOAD_MAX_MEMORY_SIZE = 8 * 1024 * 1024  # files do not come this way: they are streamed
 
 SESSION_PAUSE_AFTER_SECONDS = env.int("SANDGATE_PAUSE_AFTER_SECONDS", default=120)
+PACKAGE_INDEX = env.str("SANDGATE_PACKAGE_INDEX", default="")  # else what this machine's uv knows
+PACKAGE_INDEX_PRIVATE = env.str("SANDGATE_PACKAGE_INDEX_PRIVATE", default="")
 ARTIFACTS_DIR: str = env.str("SANDGATE_ARTIFACTS", default=str(DATA / "artifacts"))
 ARTIFACT_DAYS = env.int("SANDGATE_ARTIFACT_DAYS", default=30)
 ARTIFACTS_MAX_FILES = env.int("SANDGATE_ARTIFACTS_MAX_FILES", default=100)  # of one sandbox

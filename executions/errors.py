@@ -8,6 +8,7 @@ SandgateError
 │   ├── BudgetExhausted         402
 │   ├── Forbidden               403  scope, policy, floor
 │   │   └── PackageDenied       403
+│   ├── ApprovalPending         202  a person decides
 │   ├── NotFound                404  also another team's
 │   ├── Conflict                409
 │   │   ├── KeyReused           422
@@ -126,6 +127,14 @@ class PackageDenied(Forbidden):
 
     code = "package_denied"
     remedy = "Do without it, or ask an operator to add it to the agent's packages."
+
+
+class ApprovalPending(Refused):
+    """A person has to approve these packages first; nothing has been installed."""
+
+    code = "approval_pending"
+    status = 202
+    remedy = "Go on without them. Ask for the same packages again later: once a person has approved them, they are installed."
 
 
 class NotFound(Refused):

@@ -40,7 +40,8 @@ def claim(caller: Caller, *, alias: str, template: Template, seconds: int, execu
     """
     began = time.perf_counter()
     found = find(alias, template, fields.get("memory_mib", template.memory_mib), fields.get("network_allow", []))
-    if found is None or fields.get("env", template.env) not in ({}, template.env):
+    has_lock = caller.agent is not None and caller.agent.lock_id is not None  # no pool is made with it
+    if found is None or has_lock or fields.get("env", template.env) not in ({}, template.env):
         return intend(caller, alias=alias, template=template, seconds=seconds, executions=executions, **fields)
     backend = backends.get(alias)
     warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, node_of(backend))), None)
@@ -115,6 +116,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         key=caller.key,
         actor=caller.person,
         template=template,
+        lock_id=caller.agent.lock_id if caller.agent else None,
         backend=alias,
         node=node_of(backend),
         isolation=backend.isolation,

@@ -26,10 +26,8 @@ from executions.models import Sandbox
 from executions.serializers import (
     Accepted,
     FileShape,
-    InstallRequest,
     SessionRequest,
     SessionShape,
-    package_shape,
     parse,
     session_shape,
 )
@@ -147,15 +145,6 @@ async def files(request: HttpRequest, session_id: str) -> HttpResponseBase:
 async def _pieces(request: HttpRequest):
     while piece := request.read(PIECE_BYTES):
         yield piece
-
-
-@answers
-async def packages(request: HttpRequest, session_id: str) -> HttpResponse:
-    """POST: make packages importable in the session."""
-    caller, asked = await rows(lambda: (caller_of(request), parse(InstallRequest, body_of(request))))
-    installed = await operations.install(caller=caller, session_id=session_id, requirements=asked.packages)
-    body = {"packages": [package_shape(p).model_dump(mode="json") for p in installed]}
-    return HttpResponse(json.dumps(body), content_type="application/json")
 
 
 @extend_schema(responses={200: OpenApiResponse(SessionShape)}, summary="List sessions, newest first")

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from executions.api import artifacts, audit, costs, executions, metrics, problems, reading, sessions
+from executions.api import artifacts, audit, costs, executions, metrics, packages, problems, reading, sessions
 
 
 def schema(request):
@@ -29,7 +29,8 @@ urlpatterns = [
     path("api/v1/sessions/<str:session_id>/resume", sessions.resume),
     path("api/v1/sessions/<str:session_id>/artifacts", artifacts.of_session),
     path("api/v1/sessions/<str:session_id>/files", sessions.files),
-    path("api/v1/sessions/<str:session_id>/packages", sessions.packages),
+    path("api/v1/sessions/<str:session_id>/packages", packages.of_session),
+    path("api/v1/agents/<str:agent_id>/packages", packages.of_agent),
     path("api/v1/templates", reading.templates),
     path("api/v1/backends", reading.backends),
     path("api/v1/environment", reading.environment),

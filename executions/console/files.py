@@ -76,7 +76,7 @@ async def packages(request: MemberRequest, session_id: str) -> HttpResponse:
     """Install into the session; says what became of it in one sentence."""
     asked = parse(InstallRequest, body(request))
     installed = await operations.install(caller=request.caller, session_id=session_id, requirements=asked.packages)
-    return JsonResponse({"sentence": sentence(installed)})
+    return JsonResponse({"sentence": sentence(installed.packages)})
 
 
 def sentence(installed: list[Package]) -> str:

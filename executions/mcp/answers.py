@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from executions import packages
-from executions.errors import PackageDenied, SandgateError
+from executions.errors import Invalid, PackageDenied, SandgateError
+from executions.hop import rows
 from executions.keys import Caller
 from executions.mcp import resources
 from executions.mcp.resources import Link
@@ -24,6 +25,7 @@ IMAGES = 8
 IMAGE_TYPES = ("image/png", "image/jpeg")
 READABLE = ("text/plain", "text/markdown", "text/latex", "application/json", "text/html", "image/svg+xml")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+MISSING_NAMES = ("ModuleNotFoundError", "ImportError")
 MISSING = re.compile(r"No module named '([A-Za-z0-9_]+)")
 DISTRIBUTIONS = {  # whose name is not the module's
     "bs4": "beautifulsoup4",
@@ -59,7 +61,7 @@ def refusal(error: SandgateError, request_id: str) -> Answer:
     return Answer(error.sentence(), error.problem() | {"request_id": request_id}, is_error=True)
 
 
-def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Answer:
+async def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Answer:
     """One execution. The code's own failure is an error result: that is how a model learns that it has to change something."""
     link = f"/api/v1/executions/{shape.id}"
     images = [(kind, bundle[kind]) for bundle in shape.results for kind in IMAGE_TYPES if bundle.get(kind)]
@@ -69,7 +71,10 @@ def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Ans
     links = [resources.of_output(shape.id, printed)] if len(output.encode(errors="replace")) > TEXT_BYTES else []
     if len(images) > IMAGES:
         parts.append(f"{len(images) - IMAGES} more images: GET {link}")
-    parts += _failure(shape, caller)
+    hint = ""
+    if shape.error is not None and shape.error.name in MISSING_NAMES:
+        hint = await rows(install_hint, shape.error, caller)
+    parts += _failure(shape, hint)
     if shape.fell_back and shape.backend:
         parts.append(f"[on {shape.backend}, as {shape.fell_back}]")
     parts.append(_whereabouts(shape, waited))
@@ -92,13 +97,13 @@ def _output(shape: ExecutionShape) -> Iterator[str]:
         yield "[The output went over the limit; what came later was dropped.]"
 
 
-def _failure(shape: ExecutionShape, caller: Caller) -> Iterator[str]:
+def _failure(shape: ExecutionShape, hint: str) -> Iterator[str]:
     if shape.error:
         yield f"{shape.error.name}: {shape.error.value[:TRACEBACK_CHARS]}"
         traceback = ESCAPES.sub("", shape.error.traceback).strip()
         if traceback and traceback != f"{shape.error.name}: {shape.error.value}":
             yield traceback[-TRACEBACK_CHARS:]
-        yield install_hint(shape.error, caller)
+        yield hint
         if not shape.error_code:
             yield shape.detail
     if shape.error_code:
@@ -107,16 +112,19 @@ def _failure(shape: ExecutionShape, caller: Caller) -> Iterator[str]:
 
 def install_hint(error: CodeError, caller: Caller) -> str:
     """Whether install_package can mend a missing import, in the words of the agent's policy; empty for other errors."""
-    found = MISSING.search(error.value) if error.name in ("ModuleNotFoundError", "ImportError") else None
+    found = MISSING.search(error.value) if error.name in MISSING_NAMES else None
     if found is None or caller.agent is None:
         return ""
     name = DISTRIBUTIONS.get(found[1], found[1].replace("_", "-"))
     try:
-        return (
-            f"install_package can add {name}: allowed by this agent's policy ({packages.decide(caller.agent, name)})."
-        )
+        outlook = packages.outlook(caller.agent, packages.name_of(name))
+        if outlook.answer != "allow":
+            return f"install_package can ask a person for {name}. {outlook.reason}"
+        return f"install_package can add {name}: allowed by this agent's policy ({outlook.reason})."
     except PackageDenied as denied:
         return denied.sentence()
+    except Invalid:
+        return ""
 
 
 def _remedies() -> dict[str, str]:

@@ -102,7 +102,7 @@ async def get_execution(call: Call, asked: GetExecution) -> Answer:
     shape = await _follow(call, execution, asked.wait_seconds)
     if asked.after_seq:
         shape = await rows(_further, call.caller, shape.id, asked.after_seq)
-    return answers.execution(shape, call.caller)
+    return await answers.execution(shape, call.caller)
 
 
 async def cancel_execution(call: Call, asked: CancelExecution) -> Answer:
@@ -113,7 +113,7 @@ async def cancel_execution(call: Call, asked: CancelExecution) -> Answer:
     execution = await rows(find)
     await operations.cancel(execution=execution, caller=call.caller)
     shape = await operations.wait(execution, min(5.0, call.left()))
-    found = answers.execution(shape, call.caller)
+    found = await answers.execution(shape, call.caller)
     found.is_error = False  # what was asked for has been done
     return found
 
@@ -130,7 +130,7 @@ async def _run(call: Call, request: Submission, token: str | None) -> Answer:
             if call.cancels:
                 await operations.cancel(execution=execution, caller=call.caller, reason="the call was cancelled")
             raise
-    return answers.execution(shape, call.caller, waited=f" after {settings.MCP_ANSWER_SECONDS:.0f} s")
+    return await answers.execution(shape, call.caller, waited=f" after {settings.MCP_ANSWER_SECONDS:.0f} s")
 
 
 async def _follow(

@@ -10,7 +10,7 @@ from django.utils import timezone
 from pydantic import BaseModel, Field
 
 from executions import operations, routes
-from executions.errors import BackendUnavailable, BudgetExhausted, Unsupported
+from executions.errors import BackendUnavailable, BudgetExhausted
 from executions.hop import rows
 from executions.keys import Caller
 from executions.mcp import answers, resources
@@ -137,37 +137,48 @@ class InstallPackage(InstallRequest):
         max_length=50,
         description="Names with plain versions, e.g. emoji or polars>=1.0; no URLs or options.",
     )
-    session_id: SessionId | None = None
+    session_id: SessionId | None = Field(None, description="Left out: into all the agent's future sandboxes.")
 
 
 class Installed(BaseModel):
     """What can be imported now; `state` is "running" while packages are still being fetched."""
 
     state: str
-    session_id: str
+    session_id: str = Field("", description="Empty: into the agent's lock, for all its future sandboxes.")
     packages: list[PackageShape] = []
+    lock_hash: str = ""
+    added: dict[str, str] = Field({}, description="Name to version.")
+    removed: dict[str, str] = {}
+    changed: dict[str, list[str]] = Field({}, description="Name to the versions before and after.")
 
 
 async def install_package(call: Call, asked: InstallPackage) -> Answer:
-    if not asked.session_id:
-        raise Unsupported(
-            "Packages are installed into a session; the agent's future sandboxes get them from its template.",
-            remedy="Pass the session_id that execute_code returned.",
-        )
-    installing = asyncio.ensure_future(
-        operations.install(caller=call.caller, session_id=asked.session_id, requirements=asked.packages)
-    )
+    session = {"session_id": asked.session_id} if asked.session_id else {}
+    verb = operations.install if session else operations.install_for_agent
+    installing = asyncio.ensure_future(verb(caller=call.caller, requirements=asked.packages, **session))
     await asyncio.wait({installing}, timeout=call.left())
     if not installing.done():
         leave(installing)
         text = f"Still fetching {', '.join(asked.packages)}; ask again with the same packages."
-        return answers.of(Installed(state="running", session_id=asked.session_id), text)
-    shapes = [package_shape(package) for package in installing.result()]
-    names = ", ".join(f"{p.name} {p.version}".strip() for p in shapes)
-    return answers.of(
-        Installed(state="installed", session_id=asked.session_id, packages=shapes),
-        f"Importable now: {names}. session_id: {asked.session_id}",
+        return answers.of(Installed(state="running", **session), text)
+    done = installing.result()
+    names = ", ".join(f"{p.name} {p.version}".strip() for p in done.packages)
+    shape = Installed(
+        state="installed",
+        packages=[package_shape(package) for package in done.packages],
+        lock_hash=done.lock_hash,
+        added=done.added,
+        removed=done.removed,
+        changed=done.changed,
+        **session,
     )
+    if session:
+        return answers.of(shape, f"Importable now: {names}. session_id: {asked.session_id}")
+    more = f" In all {len(done.added)} were added." if len(done.added) > 1 else ""
+    text = (
+        f"Importable in every sandbox that is made from now on: {names}.{more} Sessions that are open do not have them."
+    )
+    return answers.of(shape, f"{text} lock_hash: {done.lock_hash}")
 
 
 class GetEnvironment(Accepted):

@@ -7,7 +7,7 @@ from executions.operations.background import background
 from executions.operations.cancel import request_cancel
 from executions.operations.drill import outage_drill
 from executions.operations.environment import backend_states, environment, limits, offer, outages
-from executions.operations.install import install
+from executions.operations.install import Installed, install, install_for_agent, lock_of
 from executions.operations.pausing import pause, wake
 from executions.operations.reap import reap, retire
 from executions.operations.reverts import model_of, revert, why_not
@@ -33,6 +33,7 @@ from executions.operations.waiting import position, ring
 
 __all__ = [
     "FirstStart",
+    "Installed",
     "Run",
     "artifact_pieces",
     "artifacts_of",
@@ -51,9 +52,11 @@ __all__ = [
     "first_start",
     "get_file",
     "install",
+    "install_for_agent",
     "last_attestations",
     "limits",
     "list_files",
+    "lock_of",
     "mistakes",
     "model_of",
     "offer",

@@ -13,6 +13,7 @@ from executions.backends.base import Handle, Limits, SandboxSpec
 from executions.errors import BackendError, BackendUnavailable, SandboxRefused
 from executions.hop import rows
 from executions.models import Sandbox
+from executions.operations import locks
 from executions.states import EndReason, SandboxState
 
 LATE_SECONDS = 0.2  # by which a timer of ours was late: it is this process that is slow
@@ -46,7 +47,7 @@ async def make(sandbox: Sandbox) -> Handle:
         raise BackendUnavailable(said)
     try:
         with metrics.asking("create", sandbox.backend):
-            return await backends.get(sandbox.backend).create(spec_of(sandbox))
+            return await locks.create(backends.get(sandbox.backend), sandbox, spec_of(sandbox))
     except BackendUnavailable:
         raise
     except (BackendError, OSError, TimeoutError) as e:

@@ -1,222 +1,312 @@
-"""Packages into a session: resolved and fetched outside the sandbox, wheels only, no package code on the host."""
+"""Packages: decided by the policy, resolved and fetched outside the sandbox, into one session or into an agent's lock."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tarfile
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from asgiref.sync import sync_to_async
-from django.conf import settings
 from django.db import transaction
+from django.db.models import Q
+from packaging.requirements import Requirement
 
-from executions import backends, packages
-from executions.backends.local.environment import uv_environ
-from executions.errors import InstallFailed, PackageDenied
+from executions import audit, packages
+from executions.errors import Conflict, InstallFailed, NotFound, PackageDenied
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Package, Sandbox
-from executions.operations import pausing
+from executions.models import Agent, Execution, Package, PackageLock, Sandbox, Template
+from executions.operations import approvals, bases, pausing
+from executions.operations.bases import Base
+from executions.operations.placing import once, put
 from executions.operations.sessions import gone_is_recorded
-from executions.operations.submit import claim_session, record_refusal
-from executions.states import Scope, Verdict
+from executions.operations.submit import claim_session, find_template, record_refusal
+from executions.packages import index
+from executions.packages.advisories import Known
+from executions.packages.decide import Item
+from executions.states import Answer, Scope, Verdict
 
-TARGET = "$HOME/.packages"  # behind the template's own packages on sys.path: never in front of them
-ASK = (
-    "import json, sys, importlib.metadata as m; "
-    "print(json.dumps([list(sys.version_info[:2]), {d.name: d.version for d in m.distributions()}]))"
-)
-ARCHIVE = "${TMPDIR:-/tmp}/.packages.tar"  # to the API always in /tmp
-SEE = (
-    "import sys, os.path, importlib\nsys.path += {os.path.expanduser('~/.packages')} - {*sys.path}\n"
-    "importlib.invalidate_caches()\n"
-)
-UV_SECONDS = 300
+ONES = 5  # tries to be the one who changes an agent's lock
 
 
-async def install(*, caller: Caller, session_id: str, requirements: list[str]) -> list[Package]:
-    """Make packages importable in a live session, without a restart. Raises PackageDenied, InstallFailed, SessionGone."""
-    sandbox, reasons = await rows(_admit, caller, session_id, requirements)
+@dataclass(slots=True)
+class Installed:
+    """What can be imported now, and how the set has changed: names to versions."""
+
+    packages: list[Package]
+    lock_hash: str = ""
+    added: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)  # name: before, after
+
+
+async def install(*, caller: Caller, session_id: str, requirements: list[str]) -> Installed:
+    """Make packages importable in a live session, without a restart.
+
+    Raises PackageDenied, ApprovalPending, InstallFailed, SessionGone.
+    """
+    asked = packages.requirements_of(requirements)
+    sandbox = await rows(_claimed, caller, session_id)
     await pausing.awake(sandbox)
-    backend = backends.get(sandbox.backend)
     with gone_is_recorded(sandbox):
-        version, present = await _look(sandbox)
-        with tempfile.TemporaryDirectory(prefix="install-", dir=_scratch()) as folder:
-            fetched = await sync_to_async(_fetch, thread_sensitive=False)(Path(folder), requirements, version, present)
-            if fetched:
-                archive = Path(folder) / "packages.tar"
-                await sync_to_async(_pack, thread_sensitive=False)(Path(folder) / "target", archive)
-                await backend.write_file(sandbox.machine, "/tmp/.packages.tar", _pieces(archive))
-                await _command(
-                    sandbox,
-                    f'mkdir -p "{TARGET}" && tar -xf "{ARCHIVE}" -C "{TARGET}"; s=$?; rm -f "{ARCHIVE}"; exit $s',
-                )
-                async for _ in backend.run_code(sandbox.machine, SEE, timeout_seconds=30):
-                    pass
-    return await rows(_record, caller, sandbox, reasons, fetched, present)
+        return await install_into(caller, sandbox, asked)
 
 
-def _admit(caller: Caller, session_id: str, requirements: list[str]) -> tuple[Sandbox, dict[str, str]]:
+def _claimed(caller: Caller, session_id: str) -> Sandbox:
     caller.needs(Scope.RUN)
-    sandbox = claim_session(caller, session_id)
-    reasons = {}
-    for requirement in requirements:
-        try:
-            reasons[packages.name_of(requirement)] = packages.decide(sandbox.agent, requirement)
-        except PackageDenied as denied:
+    return claim_session(caller, session_id)
+
+
+async def install_into(
+    caller: Caller, sandbox: Sandbox, asked: list[Requirement], execution: Execution | None = None
+) -> Installed:
+    """The same for a sandbox that is at hand; `execution` is the run whose code asks."""
+    for_whom = Who(caller, sandbox.agent, sandbox, execution)
+    await rows(_denied_at_once, for_whom, asked)
+    base = await bases.of_sandbox(sandbox)
+    present = {**base.present, **await rows(_there_already, sandbox)}
+    items = await _decided(for_whom, asked, Base(base.python, base.machine, present))
+    if items:
+        await put(sandbox, [item.sha256 for item in items])
+    return await rows(_record, for_whom, asked, items, present)
+
+
+async def install_for_agent(*, caller: Caller, agent: str | None = None, requirements: list[str]) -> Installed:
+    """Make packages importable in all the agent's future sandboxes. Raises PackageDenied, ApprovalPending, InstallFailed."""
+    asked = packages.requirements_of(requirements)
+    caller, template = await rows(_acting, caller, agent)
+    assert caller.agent is not None
+    for_whom = Who(caller, caller.agent)
+    await rows(_denied_at_once, for_whom, asked)
+    base = await asyncio.to_thread(bases.of_template, template)
+    for _ in range(ONES):
+        before = await rows(_lock_of, caller.agent)
+        items = await _locked(for_whom, asked, base, before)
+        if (done := await rows(_relock, for_whom, asked, before, base, items)) is not None:
+            return done
+    raise Conflict("The agent's packages are being changed by others; nothing has been installed.", retry_after=1)
+
+
+def _acting(caller: Caller, agent: str | None) -> tuple[Caller, Template]:
+    caller.needs(Scope.RUN)
+    caller = _as(caller, agent)
+    assert caller.agent is not None
+    return caller, find_template(caller.agent, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """For whom, where to (no sandbox: the agent's lock), and the run that asks."""
+
+    caller: Caller
+    agent: Agent
+    sandbox: Sandbox | None = None
+    execution: Execution | None = None
+
+
+# The decision
+
+
+def _denied_at_once(who: Who, asked: list[Requirement]) -> None:
+    """What is denied by its name alone is refused before anything is looked up or started."""
+    for requirement in asked:
+        with _refusals_kept(who, requirement.name):
+            packages.outlook(who.agent, requirement.name)
+
+
+class _refusals_kept:
+    """A denial leaves a row of the package, and one of the refusal."""
+
+    def __init__(self, who: Who, name: str = "", version: str = "") -> None:
+        self.who, self.name, self.version = who, name, version
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PackageDenied):
             with transaction.atomic(durable=True):
-                _row(caller, sandbox, packages.name_of(requirement), verdict=Verdict.DENIED, reason=denied.detail[:300])
-                record_refusal(caller, denied)
-            raise
-    return sandbox, reasons
+                facts = {"version": self.version, "verdict": Verdict.DENIED, "reason": error.detail[:300]}
+                _row(self.who, self.name or error.facts.get("package", ""), **facts).save()
+                record_refusal(self.who.caller, error)
 
 
-def _row(caller: Caller, sandbox: Sandbox, name: str, **fields) -> Package:
-    return Package.objects.create(
-        team=caller.team, agent=sandbox.agent, sandbox=sandbox, key=caller.key, actor=caller.person, name=name, **fields
+def _row(who: Who, name: str, **fields: Any) -> Package:
+    caller = who.caller
+    return Package(
+        team=caller.team, agent=who.agent, sandbox=who.sandbox, execution=who.execution, key=caller.key,
+        actor=caller.person, name=name, **fields,
+    )  # fmt: skip
+
+
+async def _decided(who: Who, asked: list[Requirement], base: Base, hold: dict[str, str] | None = None) -> list[Item]:
+    """What has to be added to the base, decided and in the store. Raises PackageDenied, ApprovalPending, InstallFailed."""
+    words = [str(requirement) for requirement in asked]
+    look = partial(
+        index.resolved, words, python=base.python, machine=base.machine, present=base.present, hold=hold or {}
     )
+    told = await once(index.digest_of("resolve", words, base.python, base.present, hold), lambda: _facts(look()))
+    items = [index.item_of(facts) for facts in told]
+    names = {requirement.name for requirement in asked}
+    for item in items:
+        item.requested = item.name in names
+    await rows(_judged, who, words, items, False)
+    found = await asyncio.gather(*(once(item.sha256, partial(index.have, item)) for item in items))
+    index.told(items, {item.sha256: facts for item, facts in zip(items, found, strict=True)})
+    await rows(_judged, who, words, items, True)
+    return items
 
 
-async def _look(sandbox: Sandbox) -> tuple[str, dict[str, str]]:
-    """The Python of the sandbox ("3.11") and what is installed there (name to version)."""
-    said = await _command(sandbox, f"PYTHONPATH=\"{TARGET}\" python3 -c '{ASK}'")
-    try:
-        (major, minor), present = json.loads(said.strip().splitlines()[-1])
-    except (ValueError, IndexError) as e:
-        raise InstallFailed("The sandbox has no Python that answers.") from e
-    return f"{int(major)}.{int(minor)}", {str(k).lower().replace("_", "-"): str(v) for k, v in present.items()}
+def _facts(items: list[Item]) -> list[dict[str, Any]]:
+    return [item.facts() for item in items]
 
 
-async def _command(sandbox: Sandbox, command: str) -> str:
-    out, err, code = [], [], None
-    async for event in backends.get(sandbox.backend).run_command(sandbox.machine, command, timeout_seconds=120):
-        match event.kind:
-            case "stdout":
-                out.append(event.data["text"])
-            case "stderr":
-                err.append(event.data["text"])
-            case "exit":
-                code = event.data["exit_code"]
-    if code:
-        raise InstallFailed(f"The sandbox could not take the packages: {''.join(err)[-300:].strip() or code}")
-    return "".join(out)
+def _judged(who: Who, asked: list[str], items: list[Item], whole: bool) -> None:
+    """Ask the policy about each; with `whole` all is known, licences too, and what needs a person's word waits for it."""
+    rules, known = packages.rules_of(who.agent), Known(item.name for item in items)
+    for item in items:
+        item.advisories, item.advised_at = known.of(item.name, item.version), known.told_at
+        decision = packages.decide(who.agent, rules, item, read=whole)
+        item.answer, item.reason = decision.answer, decision.reason
+    for item in items:
+        if item.answer == Answer.DENY:
+            with _refusals_kept(who, item.name, item.version):
+                raise PackageDenied(item.reason, package=item.name)
+    if whole:
+        with _refusals_kept(who):
+            approvals.ask(who.caller, who.agent, who.sandbox, who.execution, asked, items)
 
 
-def _scratch() -> Path:
-    folder = settings.DATA / "packages"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+# Into a session
 
 
-def _uv() -> str:
-    beside = Path(sysconfig.get_path("scripts")) / "uv"
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if not found:
-        raise InstallFailed("uv is not installed beside this server.", remedy=f"{sys.executable} -m pip install uv")
-    return found
-
-
-def _fetch(folder: Path, requirements: list[str], version: str, present: dict[str, str]) -> list[dict]:
-    """Resolve against what the sandbox has, and unpack what it lacks into folder/target: wheels only, nothing is run."""
-    (folder / "asked.in").write_text("\n".join(requirements) + "\n")
-    (folder / "present.txt").write_text("".join(f"{name}=={v}\n" for name, v in present.items() if "+" not in v))
-    where = ["--python-version", version, "--python-platform", "linux", "--only-binary", ":all:", "--no-header", "-q"]
-    _run(
-        _uv(),
-        "pip",
-        "compile",
-        str(folder / "asked.in"),
-        "-c",
-        str(folder / "present.txt"),
-        *where,
-        "--no-annotate",
-        "-o",
-        str(folder / "lock.txt"),
-    )
-    lines = [line.split(";")[0].strip() for line in (folder / "lock.txt").read_text().splitlines()]
-    pins = [line for line in lines if "==" in line and present.get(line.split("==")[0]) != line.split("==")[1]]
-    if not pins:
-        return []
-    (folder / "missing.txt").write_text("\n".join(pins) + "\n")
-    target = folder / "target"
-    _run(
-        _uv(),
-        "pip",
-        "install",
-        "-r",
-        str(folder / "missing.txt"),
-        "--no-deps",
-        "--target",
-        str(target),
-        *[w for w in where if w != "--no-header"],
-    )
-    found = []
-    for record in sorted(target.glob("*.dist-info/RECORD")):
-        name, _, v = record.parent.name.removesuffix(".dist-info").rpartition("-")
-        size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) if len(pins) == 1 else None
-        digest = hashlib.sha256(record.read_bytes()).hexdigest()  # RECORD holds the hash of every file
-        found.append({"name": name.lower().replace("_", "-"), "version": v, "sha256": digest, "size_bytes": size})
-    return found
-
-
-def _run(*argv: str) -> None:
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=UV_SECONDS, stdin=subprocess.DEVNULL, env=uv_environ()
-        )
-    except subprocess.TimeoutExpired as e:
-        raise InstallFailed(f"The package index did not answer within {UV_SECONDS} s.") from e
-    if done.returncode:
-        said = " ".join(line.strip(" ×╰─▶│") for line in done.stderr.splitlines() if line.strip())
-        raise InstallFailed(f"It cannot be installed: {said[:600]}")
-
-
-def _pack(target: Path, archive: Path) -> None:
-    with tarfile.open(archive, "w") as tar:
-        for child in sorted(target.iterdir()):
-            tar.add(child, arcname=child.name, filter=_plain)
-
-
-def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    if not (info.isfile() or info.isdir()):
-        return None  # a wheel has no reason to carry links or devices
-    info.uid = info.gid = 1000
-    info.uname = info.gname = "user"
-    return info
-
-
-async def _pieces(archive: Path):
-    with archive.open("rb") as f:
-        while piece := await asyncio.to_thread(f.read, 256 * 1024):
-            yield piece
+def _there_already(sandbox: Sandbox) -> dict[str, str]:
+    """What this sandbox was given beside its template's packages."""
+    found = dict(sandbox.lock.versions) if sandbox.lock else {}
+    mine = Package.objects.filter(sandbox=sandbox, verdict=Verdict.ALLOWED).exclude(sha256="").order_by("pk")
+    return found | dict(mine.values_list("name", "version"))
 
 
 @transaction.atomic(durable=True)
-def _record(
-    caller: Caller, sandbox: Sandbox, reasons: dict[str, str], fetched: list[dict], present: dict[str, str]
-) -> list[Package]:
-    installed = [
+def _record(who: Who, asked: list[Requirement], items: list[Item], present: dict[str, str]) -> Installed:
+    new = [_row(who, item.name, **_columns(item)) for item in items]
+    there = {item.name for item in items}
+    old = [
+        _row(who, r.name, version=present.get(r.name, ""), verdict=Verdict.ALLOWED, reason="was there already")
+        for r in asked
+        if r.name not in there
+    ]
+    found = Package.objects.bulk_create([*new, *old])
+    return Installed(found, added={item.name: item.version for item in items})
+
+
+def _columns(item: Item) -> dict[str, Any]:
+    return {
+        "version": item.version, "sha256": item.sha256, "size_bytes": item.size_bytes, "verdict": Verdict.ALLOWED,
+        "reason": item.reason[:300], "requested": item.requested, "licence": item.licence, "advisories": item.advisories,
+    }  # fmt: skip
+
+
+# Into an agent's lock
+
+
+def lock_of(caller: Caller, agent: str | None) -> PackageLock | None:
+    """The lock of this agent of the caller's. Raises NotFound."""
+    caller.needs(Scope.READ)
+    acting = _as(caller, agent).agent
+    assert acting is not None
+    return _lock_of(acting)
+
+
+def _as(caller: Caller, agent: str | None) -> Caller:
+    """The caller for this agent of their team; another team's is not found."""
+    mine = Agent.objects.filter(team=caller.team)
+    if agent and not mine.filter(Q(pk=agent) | Q(name=agent)).exists():
+        raise NotFound(f"There is no agent {agent!r} in this team.", field="agent")
+    return caller.acting_as(agent)
+
+
+def _lock_of(agent: Agent) -> PackageLock | None:
+    return PackageLock.objects.filter(pk=Agent.objects.values_list("lock", flat=True).get(pk=agent.pk)).first()
+
+
+async def _locked(who: Who, asked: list[Requirement], base: Base, before: PackageLock | None) -> list[Item]:
+    """The whole set: what was asked for now and before; what is pinned stays as it is where that is possible."""
+    names = {requirement.name for requirement in asked}
+    earlier = [r for r in packages.requirements_of(before.asked) if r.name not in names] if before else []
+    hold = {name: v for name, v in before.versions.items() if name not in names} if before else {}
+    try:
+        return await _decided(who, [*earlier, *asked], base, hold)
+    except InstallFailed:
+        if not hold:
+            raise
+        return await _decided(who, [*earlier, *asked], base)
+
+
+@transaction.atomic(durable=True)
+def _relock(
+    who: Who, asked: list[Requirement], before: PackageLock | None, base: Base, items: list[Item]
+) -> Installed | None:
+    """The agent's next lock, with who changed what in the audit; None where somebody else has changed it meanwhile."""
+    agent = Agent.objects.select_for_update(of=("self",)).get(pk=who.agent.pk)
+    if agent.lock_id != (before.pk if before else None):
+        return None
+    names = {requirement.name for requirement in asked}
+    words = sorted(
+        {*(str(r) for r in asked), *(w for w in (before.asked if before else []) if packages.name_of(w) not in names)}
+    )
+    pins = [
+        {name: facts[name] for name in ("name", "version", "wheel", "sha256", "url", "size_bytes")}
+        for facts in _facts(items)
+    ]
+    digest = index.digest_of(base.python, sorted((p["name"], p["version"], p["sha256"]) for p in pins))
+    lock, fresh = PackageLock.objects.get_or_create(
+        agent=agent,
+        digest=digest,
+        defaults={
+            "python": base.python,
+            "asked": words,
+            "pins": pins,
+            "key": who.caller.key,
+            "actor": who.caller.person,
+        },
+    )
+    if fresh:
+        Package.objects.bulk_create([_row(who, item.name, lock=lock, **_columns(item)) for item in items])
+    done = Installed(
+        [_row(who, item.name, lock=lock, **_columns(item)) for item in items if item.name in names], lock.digest
+    )
+    done.packages += [
         _row(
-            caller,
-            sandbox,
+            who,
+            r.name,
+            version=base.present.get(r.name, ""),
             verdict=Verdict.ALLOWED,
-            requested=item["name"] in reasons,
-            reason=reasons.get(item["name"], "needed by a package that was asked for"),
-            **item,
+            reason="is in the template already",
         )
-        for item in fetched
+        for r in asked
+        if r.name not in lock.versions
     ]
-    there = {p.name for p in installed}
-    installed += [
-        _row(caller, sandbox, name, version=present.get(name, ""), verdict=Verdict.ALLOWED, reason="was there already")
-        for name in reasons
-        if name not in there
-    ]
-    return installed
+    _difference(done, before.versions if before else {}, lock.versions)
+    if lock.pk != agent.lock_id:
+        Agent.objects.filter(pk=agent.pk).update(lock=lock)
+        audit.record(
+            "agent_changed", caller=who.caller, subject=agent.pk, before={"lock_id": agent.lock_id},
+            after={"lock_id": lock.pk}, reason=f"packages: {summary(done)}",
+        )  # fmt: skip
+    return done
+
+
+def _difference(done: Installed, before: dict[str, str], after: dict[str, str]) -> None:
+    done.added = {name: v for name, v in after.items() if name not in before}
+    done.removed = {name: v for name, v in before.items() if name not in after}
+    done.changed = {name: [before[name], v] for name, v in after.items() if before.get(name, v) != v}
+
+
+def summary(done: Installed) -> str:
+    """The difference as one line."""
+    said = [f"+{name} {v}" for name, v in done.added.items()] + [f"-{name} {v}" for name, v in done.removed.items()]
+    return ", ".join(said + [f"{name} {a} to {b}" for name, (a, b) in done.changed.items()]) or "nothing new"
+
+
+__all__ = ["Installed", "install", "install_for_agent", "install_into", "lock_of", "summary"]

@@ -69,7 +69,7 @@ async def sync() -> None:
                 await backend.have_template(name, None)
         except BackendError as e:
             log.warning("templates_not_synced", extra={"backend": alias, "detail": e.detail})
-    used = {_python(template) for template in wanted} | {environment.python_of(UNDER)}
+    used = {interpreter_of(template) for template in wanted} | {environment.python_of(UNDER)}
     await asyncio.to_thread(environment.sweep, UNDER, used)
 
 
@@ -88,7 +88,8 @@ async def _have(backend: Any, template: Template, known: TemplateState | None) -
     await backend.have_template(template.name, {**content, "digest": digest})
 
 
-def _python(template: Template) -> Path:
+def interpreter_of(template: Template) -> Path:
+    """Where its Python lies, made or not."""
     if settings.TEMPLATE_PYTHON and not template.packages:
         return Path(settings.TEMPLATE_PYTHON)
     return environment.python_of(UNDER, packages=template.packages, build=template.build)
@@ -98,7 +99,7 @@ def _interpreter(template: Template) -> dict[str, str]:
     """The interpreter of a template, or why it has none; building is begun here."""
     if found := mistakes(template):
         return {"absent": "broken", "detail": " ".join(f"{field}: {why}" for field, why in found.items())}
-    python = _python(template)
+    python = interpreter_of(template)
     if settings.TEMPLATE_PYTHON and not template.packages:
         return {"python": str(python)}
     if environment.is_made(UNDER, packages=template.packages, build=template.build):

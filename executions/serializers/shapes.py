@@ -168,6 +168,19 @@ class PackageShape(BaseModel):
     verdict: str
     reason: str
     requested: bool
+    licence: str = Field("", description="Empty: unknown.")
+    advisories: list[str] | None = Field(None, description="Known vulnerabilities of this version; null: unknown.")
+
+
+class InstalledShape(BaseModel):
+    """What can be imported now, and how that has changed."""
+
+    verdict: str = Field("allowed", description="Anything else is a problem: package_denied, approval_pending, …")
+    packages: list[PackageShape]
+    lock_hash: str = Field("", description="Of the agent's lock; empty where a session was installed into.")
+    added: dict[str, str] = Field({}, description="Name to version.")
+    removed: dict[str, str] = {}
+    changed: dict[str, list[str]] = Field({}, description="Name to the versions before and after.")
 
 
 class TemplateShape(BaseModel):
@@ -390,6 +403,8 @@ def package_shape(package: Package) -> PackageShape:
         verdict=package.verdict,
         reason=package.reason,
         requested=package.requested,
+        licence=package.licence,
+        advisories=package.advisories,
     )
 
 

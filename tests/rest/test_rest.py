@@ -281,6 +281,7 @@ MATRIX = {  # route: (method, what Ada's full key gets, a read-only key, Eve's k
     "api/v1/sessions/<str:session_id>/artifacts": ("GET", 200, 200, 404),
     "api/v1/sessions/<str:session_id>/files": ("PUT", 201, 403, 404),
     "api/v1/sessions/<str:session_id>/packages": ("POST", 403, 403, 404),  # 403: the agent's list is empty
+    "api/v1/agents/<str:agent_id>/packages": ("GET", 200, 200, 404),
     "api/v1/templates": ("GET", 200, 200, 200),
     "api/v1/backends": ("GET", 200, 200, 200),
     "api/v1/environment": ("GET", 200, 200, 200),
@@ -309,7 +310,7 @@ async def test_who_gets_what(call, caller, agent, key, eve_key, route):
     session = await operations.open_session(caller=caller, request=SessionRequest())
     artifact = await Artifact.objects.aget(execution=execution.id)
     path = "/" + route.replace("<str:execution_id>", execution.id).replace("<str:session_id>", session.pk)
-    path = path.replace("<str:artifact_id>", artifact.pk)
+    path = path.replace("<str:artifact_id>", artifact.pk).replace("<str:agent_id>", agent.pk)
     path += "?path=/tmp/x" if path.endswith("/files") else ""
 
     def make():

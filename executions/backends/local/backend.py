@@ -102,11 +102,16 @@ class LocalBackend(Backend):
             noted = [json.loads(path.read_text()) for path in Path(self.run_dir, "languages").iterdir()]
         except (OSError, ValueError):  # before the node runs, or while it writes
             noted = []
-        return replace(CAPABILITIES, languages=LANGUAGES.union(*noted))
+        return replace(CAPABILITIES, languages=LANGUAGES.union(*noted), layers=self.isolation != "reduced")
 
     @property
     def is_reached(self) -> bool:
         return os.path.exists(os.path.join(self.run_dir, "node.sock"))
+
+    @property
+    def layers(self) -> Path:
+        """Where the folders of packages lie that its sandboxes may be given; the node makes it."""
+        return Path(self.run_dir, "layers")
 
     @property
     def run_dir(self) -> str:
@@ -129,7 +134,7 @@ class LocalBackend(Backend):
         made = await self._node(
             "create", sandbox_id=spec.sandbox_id, template=spec.template, timeout_seconds=spec.timeout_seconds, limits=limits,
             env=spec.env, metadata=spec.metadata, network_allow=list(spec.network_allow),
-            agent=spec.agent, floor=self.options.get("FLOOR", "namespaces"),
+            agent=spec.agent, layer=spec.layer, floor=self.options.get("FLOOR", "namespaces"),
         )  # fmt: skip
         return _handle(made)
 

@@ -6,6 +6,8 @@ import os
 
 HOME, TMP = "/home/user", "/tmp"  # as everybody names them
 
+LAYERS, LAYER = "/opt/layers", "/opt/packages"  # of all sandboxes, and this one's own
+
 home, tmp = HOME, TMP  # where they are
 reduced = False  # no mount hides the rest of the machine
 ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -19,7 +21,7 @@ def settle(plan: dict) -> None:
 
 
 def packages() -> str:
-    """What is installed into this sandbox."""
+    """What is installed into this sandbox while it lives."""
     return f"{home}/.packages"
 
 

@@ -162,7 +162,7 @@ def run(control: socket.socket, environment: dict[str, str], limits: dict[str, i
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for name in ours:
         sys.modules.pop(name, None)  # users may have modules of these names
-    sys.path[:] = ["", *(p for p in sys.path if p and p != places.ours), places.packages()]
+    sys.path[:] = ["", *(p for p in sys.path if p and p != places.ours), places.LAYER, places.packages()]
     sys.argv = [""]
     os.environ.clear()
     os.environ.update(environment)

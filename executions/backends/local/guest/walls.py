@@ -82,6 +82,7 @@ def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
         restrict(plan, keep, filter_program)
         return
     _mount_private_folders(plan["limits"], plan["shadowed"], plan["counted"])
+    _mount_layer(plan.get("layer", ""))
     restrict(plan, keep, filter_program)
 
 
@@ -128,6 +129,13 @@ def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool) -> 
         linux.mount(f"/proc/self/fd/{descriptor}", path, None, linux.MS_BIND | linux.MS_REC)
         os.close(descriptor)
     os.chdir("/home/user")
+
+
+def _mount_layer(name: str) -> None:
+    """Show the sandbox its own packages, and nobody else's. What is mounted here is read-only already."""
+    if name:
+        linux.mount(f"{places.LAYERS}/{name}", places.LAYER, None, linux.MS_BIND)
+    linux.mount("/mnt", places.LAYERS, None, linux.MS_BIND)  # which is empty
 
 
 def _close_all_but(keep: set[int]) -> None:

@@ -103,7 +103,7 @@ def _become_zygote(plan: dict) -> None:
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     keep: tuple[int, ...] = ()
     if not plan["reduced"]:
-        root.build(plan["root"], plan["prefixes"])
+        root.build(plan["root"], plan["prefixes"], plan["layers"])
     elif plan["uid"] is not None:  # without user namespaces only these give each sandbox a uid; they end in each fork
         keep = (linux.CAP_SETUID, linux.CAP_SETGID)
         linux.prctl(linux.PR_SET_KEEPCAPS, 1)

@@ -10,6 +10,7 @@ from guest import linux
 
 HERE = Path(__file__).resolve().parent.parent
 OURS = "/opt/sandgate"  # the guest's part of this product, inside
+LAYERS = "/opt/layers"  # the folders of packages; each sandbox covers them, and sees its own at /opt/packages
 SHADOWED = ("/home/user", "/tmp", "/dev/shm")  # private to each sandbox, mounted over whatever is there
 LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SHOWN_OF_ETC = (
@@ -28,7 +29,21 @@ WRITTEN = {
 }
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
-EMPTY = ("proc", "tmp", "dev/pts", "dev/shm", "home/user", "run", "var", "sys", "mnt", "root", "etc/ssl", "etc/pki/tls")
+EMPTY = (
+    "proc",
+    "tmp",
+    "dev/pts",
+    "dev/shm",
+    "home/user",
+    "run",
+    "var",
+    "sys",
+    "mnt",
+    "root",
+    "etc/ssl",
+    "etc/pki/tls",
+    "opt/packages",
+)
 
 
 def prefixes(facts: dict[str, list[str]]) -> list[str]:
@@ -43,10 +58,11 @@ def prefixes(facts: dict[str, list[str]]) -> list[str]:
     return found
 
 
-def build(at: str, shown: list[str]) -> None:
+def build(at: str, shown: list[str], layers: str) -> None:
     """Build the root on a tmpfs at `at` (an empty folder) in the caller's own mount namespace, and move into it."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     opened = {path: os.open(path, os.O_PATH) for path in shown}  # the new mount may cover them
+    opened[LAYERS] = os.open(layers, os.O_PATH)
     linux.mount("sandgate", at, "tmpfs", linux.MS_NOSUID, "size=16m,nr_inodes=4096,mode=755")
     root = Path(at)
     for folder in EMPTY:

@@ -46,6 +46,7 @@ class Sandbox:
         self.start_command = ""
         self.network_allow: list[str] = request.get("network_allow", [])
         self.agent: str = request.get("agent", "")
+        self.layer: str = request.get("layer", "")
         self.folder, self.cores = folder, cores
         self.token = secrets.token_hex(16)
         self.started_at = datetime.now(UTC).isoformat()
@@ -86,7 +87,7 @@ class Sandbox:
             plan = {
                 "sandbox_id": self.id, "template": self.template, "limits": limits, "env": self.env,
                 "token": self.token, "cores": self.cores, "files": self.files, "start_command": self.start_command,
-                "proxy_port": egress.PORT if self.network_allow else 0,
+                "proxy_port": egress.PORT if self.network_allow else 0, "layer": self.layer,
             }  # fmt: skip
             if below is not None:
                 plan |= below.make_home(self.id, unborn.uid)

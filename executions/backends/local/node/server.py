@@ -53,6 +53,7 @@ WHY = {
     "disk_full": "The sandbox wrote more than its disk_mib and was ended: the reduced mode has no smaller limit.",
     "out_of_memory": "The sandbox used up its memory, files in /home/user and /tmp included, and was ended.",
 }
+LAYER = re.compile(r"[0-9a-f]{64}|")
 IDENTIFIER = re.compile(r"[a-z0-9]{1,64}")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LIMITS = {
@@ -118,6 +119,9 @@ class Node:
             raise Refusal("refused", f"Sandboxes have the isolation {self.isolation!r} here, below what was asked for.")
         if self.below is not None and request.get("network_allow"):
             raise Refusal("refused", "The reduced mode has no network.")
+        layer = request.get("layer", "")
+        if not LAYER.fullmatch(layer) or not (self.run_dir / "layers" / layer).is_dir():
+            raise Refusal("refused", "There is no such folder of packages.")
         try:
             network.Rules(request.get("network_allow", []))
         except ValueError as problem:
@@ -413,6 +417,8 @@ class Node:
         (self.run_dir / "root").mkdir(exist_ok=True)
         (self.run_dir / "node.sock").unlink(missing_ok=True)
         (self.run_dir / "isolation").unlink(missing_ok=True)
+        (self.run_dir / "layers").mkdir(exist_ok=True)
+        os.chmod(self.run_dir / "layers", 0o711)  # sandboxes come through to their own, and cannot list them
         ground.clear(self.run_dir)
         for name in ("sandboxes", "languages"):
             shutil.rmtree(self.run_dir / name, ignore_errors=True)

@@ -63,7 +63,7 @@ class Zygote:
         self._control = ours
         plan = {
             "python": self.python, "prefixes": prefixes, "root": str(self.run_dir / "root"),
-            "uid": self.block.zygote if self.block else None, "control": theirs.fileno(),
+            "layers": str(self.run_dir / "layers"), "uid": self.block.zygote if self.block else None, "control": theirs.fileno(),
             "reduced": self.below is not None, "entry": self.entry, "ours": root.OURS, "scratch": "/run",
         }  # fmt: skip
         if self.below is not None:

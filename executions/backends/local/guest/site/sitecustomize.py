@@ -1,7 +1,7 @@
-"""Every Python that is started in a sandbox finds the packages that were installed there, behind the template's own."""
+"""Every Python that is started in a sandbox finds its agent's packages and its own, behind the template's."""
 
 import os
 import sys
 
-sys.path.append(os.path.expanduser("~/.packages"))
+sys.path += ["/opt/packages", os.path.expanduser("~/.packages")]
 del os, sys

@@ -1,0 +1,149 @@
+"""Wheels are what a stranger sent: name, size and every entry are looked at before a byte is unpacked, and nothing of them is run."""
+
+from __future__ import annotations
+
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from email.parser import HeaderParser
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from packaging import tags
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from executions.errors import InstallFailed
+
+WHEEL_BYTES = 1 << 30
+UNPACKED_BYTES = 3 << 30
+EXPANSION = 40  # unpacked to packed; real wheels stay below 15
+EXPANSION_FREE_BYTES = 32 << 20
+FILES = 60_000
+METADATA_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+LEFT_OUT = re.compile(r"[^/]*\.pth|sitecustomize\.py|usercustomize\.py")  # a Python would run these by itself
+DATA = re.compile(r"[^/]+\.data/(purelib|platlib)/(.+)")
+GLIBC = 28  # manylinux_2_28: what uv resolves for, and any machine of these days has
+LICENCES = {
+    "MIT License": "MIT", "MIT No Attribution License (MIT-0)": "MIT-0", "BSD License": "BSD", "ISC License (ISCL)": "ISC",
+    "Apache Software License": "Apache-2.0", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Python Software Foundation License": "PSF-2.0",
+    "The Unlicense (Unlicense)": "Unlicense", "GNU General Public License v3 (GPLv3)": "GPL-3.0-only",
+    "GNU General Public License v2 (GPLv2)": "GPL-2.0-only", "GNU General Public License v3 or later (GPLv3+)": "GPL-3.0-or-later",
+    "GNU General Public License v2 or later (GPLv2+)": "GPL-2.0-or-later",
+    "GNU Lesser General Public License v3 (LGPLv3)": "LGPL-3.0-only", "GNU Affero General Public License v3": "AGPL-3.0-only",
+    "GNU Affero General Public License v3 or later (AGPLv3+)": "AGPL-3.0-or-later",
+}  # fmt: skip
+
+
+@lru_cache(16)
+def _supported(python: str, machine: str) -> dict[tags.Tag, int]:
+    """The tags of such a Python on Linux, best first."""
+    version = tuple(map(int, python.split(".")))
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(GLIBC, 4, -1)]
+    platforms += [f"manylinux2014_{machine}", f"manylinux2010_{machine}", f"manylinux1_{machine}", f"linux_{machine}"]
+    own = tags.cpython_tags(version, platforms=platforms)
+    every = [*own, *tags.compatible_tags(version, interpreter=f"cp{version[0]}{version[1]}", platforms=platforms)]
+    return {tag: rank for rank, tag in reversed(list(enumerate(every)))}
+
+
+def fitness(name: str, python: str, machine: str) -> int | None:
+    """How well this wheel fits, 0 best; None where it does not, or where its name is none."""
+    ranks = _supported(python, machine)
+    try:
+        found = [ranks[tag] for tag in parse_wheel_filename(name)[3] if tag in ranks]
+    except (InvalidWheelFilename, ValueError):
+        return None
+    return min(found, default=None)
+
+
+def examined(path: Path, *, wheel: str, name: str, version: str) -> dict[str, object]:
+    """Its licence ("" unknown) and the names that it needs. InstallFailed for a wheel that is not what it says, or an attack."""
+    try:
+        said_name, said_version, _, _ = parse_wheel_filename(wheel)
+        with zipfile.ZipFile(path) as archive:
+            _check(archive, path.stat().st_size, wheel)
+            headers = HeaderParser().parsestr(_metadata(archive, wheel))
+    except InstallFailed:
+        raise
+    except (InvalidWheelFilename, zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError) as problem:
+        raise InstallFailed(f"{wheel} is no wheel that can be read: {problem}") from None
+    inside = (canonicalize_name(headers.get("Name", "")), headers.get("Version", "").strip())
+    is_it = inside[0] == name and _same(inside[1], version)
+    if said_name != name or not _same(str(said_version), version) or not is_it:
+        raise InstallFailed(f"{wheel} says that it is {inside[0]} {inside[1]}, not {name} {version}.")
+    return {"licence": _licence(headers), "needs": sorted(set(_needs(headers.get_all("Requires-Dist", []))))}
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return Version(one) == Version(other)
+    except InvalidVersion:
+        return False
+
+
+def _check(archive: zipfile.ZipFile, packed: int, wheel: str) -> None:
+    entries = archive.infolist()
+    if len(entries) > FILES:
+        raise InstallFailed(f"{wheel} has {len(entries):,} files; at most {FILES:,} are unpacked.")
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > min(UNPACKED_BYTES, packed * EXPANSION + EXPANSION_FREE_BYTES):
+        raise InstallFailed(f"{wheel} would unpack to {unpacked:,} bytes, out of {packed:,}: it is not unpacked.")
+    for entry in entries:
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        path = PurePosixPath(entry.filename)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InstallFailed(f"{wheel} has a link or a device in it: {entry.filename[:100]!r}.")
+        odd = any(ord(letter) < 32 or letter == "\\" for letter in entry.orig_filename)
+        if path.is_absolute() or ".." in path.parts or odd or len(entry.filename) > 1000 or ":" in path.parts[0]:
+            raise InstallFailed(f"{wheel} has a path that leads out of it: {entry.filename[:100]!r}.")
+
+
+def _metadata(archive: zipfile.ZipFile, wheel: str) -> str:
+    found = [entry for entry in archive.infolist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", entry.filename)]
+    if len(found) != 1 or found[0].file_size > METADATA_BYTES:
+        raise InstallFailed(f"{wheel} has no METADATA that could be read.")
+    return archive.read(found[0]).decode("utf-8", "replace")
+
+
+def _licence(headers) -> str:
+    if expression := headers.get("License-Expression"):
+        return " ".join(expression.split())[:200]
+    marks = [c.rpartition("::")[2].strip() for c in headers.get_all("Classifier", []) if c.startswith("License ::")]
+    if known := [LICENCES.get(mark, mark) for mark in marks if mark != "OSI Approved"]:
+        return " OR ".join(dict.fromkeys(known))[:200]
+    text = (headers.get("License") or "").strip()
+    return text if len(text) <= 60 and "\n" not in text and text.upper() != "UNKNOWN" else ""
+
+
+def _needs(lines: list[str]) -> Iterator[str]:
+    for line in lines:
+        try:
+            yield canonicalize_name(Requirement(line).name)
+        except InvalidRequirement:
+            continue
+
+
+def unpack(path: Path, target: Path) -> None:
+    """An examined wheel into a folder that Python imports from, readable by all; what a Python would run by itself stays out."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename
+            if spread := DATA.fullmatch(name):
+                name = spread[2]
+            elif re.match(r"[^/]+\.data/", name):
+                continue  # scripts, headers, files for elsewhere
+            if entry.is_dir() or LEFT_OUT.fullmatch(name):
+                continue
+            place = target.joinpath(*PurePosixPath(name).parts)
+            place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            left = entry.file_size
+            with archive.open(entry) as source, place.open("wb") as file:
+                while piece := source.read(PIECE_BYTES):
+                    left -= len(piece)
+                    if left < 0:
+                        raise InstallFailed(f"{path.name}: {name[:100]!r} is larger than it says.")
+                    file.write(piece)
+            place.chmod(0o644)
