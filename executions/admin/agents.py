@@ -21,12 +21,14 @@ from executions.admin.base import ConfigurationPage, RecordInline
 from executions.admin.costs import midnight
 from executions.admin.forms import AgentForm, KeyForm, QuotaForm
 from executions.admin.runs import HEAVY, is_list
-from executions.models import Agent, ApiKey, Execution, Quota, Refusal, Usage
+from executions.models import Agent, ApiKey, CostTotal, Execution, Quota, Refusal, Usage
 
 
 def spent_today(owner: str) -> Any:
-    """What each row of a list has spent since midnight, as one subquery."""
-    own = Usage.objects.filter(**{owner: OuterRef("pk")}, at__gte=midnight()).values(owner)
+    """What each row of a list has spent today, as far as it is added up, as one subquery."""
+    whose = {"team": OuterRef("pk")} if owner == "team" else {"team": OuterRef("team"), owner: OuterRef("pk")}
+    today = {"grain": CostTotal.DAY, "by": CostTotal.ALL, "day": timezone.localdate()}
+    own = CostTotal.objects.filter(**whose, **today).values(owner)
     return Coalesce(Subquery(own.annotate(total=Sum("cost_nano_usd")).values("total")), 0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.db.models import Count, F, Sum
-from django.db.models.functions import TruncDate, TruncHour
+from django.db.models.functions import TruncHour
 from django.http import HttpRequest
 from django.utils import timezone
 
@@ -19,6 +19,7 @@ from executions.admin.costs import midnight
 from executions.costs import usd
 from executions.models import ApiKey, Execution, Refusal, Sandbox, Usage
 from executions.operations import outages
+from executions.reports import spend
 from executions.states import ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
@@ -220,6 +221,5 @@ def _summed(found: list[tuple[Any, str, int]]) -> list[tuple[Any, str, int]]:
 
 def spend_by_day(now: datetime) -> charts.Table:
     days = [timezone.localdate(now) - timedelta(days=n) for n in range(SPEND_DAYS - 1, -1, -1)]
-    usage = Usage.objects.filter(at__gte=midnight(days[0])).annotate(day=TruncDate("at"))
-    found = usage.values_list("day", "backend").annotate(nano_usd=Sum("cost_nano_usd"))
-    return charts.table(days, list(found))
+    found = spend.lines(spend.Period(days[0], days[-1]), "day", "backend")
+    return charts.table(days, [(*line.keys, line.charged_nano_usd) for line in found])

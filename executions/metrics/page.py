@@ -69,7 +69,7 @@ def _live() -> Samples:
     now = timezone.now()
     running = Execution.objects.open().values_list("backend", "state").annotate(n=Count("pk"))
     in_flight = _zeros(ExecutionState.values, EXECUTION_ENDED) | {(b, s): n for b, s, n in running}
-    waiting = Execution.objects.open().filter(state=ExecutionState.QUEUED)
+    waiting = Execution.objects.open().filter(heartbeat_at__isnull=True)
     queue = waiting.aggregate(n=Count("pk"), oldest=Min("created_at"))
     there = Sandbox.objects.open().values_list("backend", "state")
     waits = Q(state__in=[SandboxState.IDLE, SandboxState.BOOTING]) & ~Q(made_of="")

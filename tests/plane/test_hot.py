@@ -1,5 +1,6 @@
 """The statements written as SQL give what the ORM gives, and the planner finds the small index."""
 
+import re
 from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -149,3 +150,67 @@ def test_counting_open_rows_reads_the_open_ones_only(caller, model):
             plan = " ".join(str(row) for row in cursor.fetchall())
 
             assert f"{table.removeprefix('executions_')}_open" in plan, plan
+
+
+HISTORY = "execution|sandbox|transition|event|usage|ledgerentry|attempt"
+OPEN = (
+    r"\w*_open\w*|usage_not_counted|sqlite_autoindex_\w+_1|\w+_pkey|INTEGER PRIMARY KEY|\w+_once|\w+_id_[0-9a-f]{8}\w*"
+)
+
+
+def plans(act) -> list[str]:
+    """How the database reads each SELECT that `act` sends, parameters bound as they are bound there."""
+    asked: list[tuple[str, tuple]] = []
+
+    def note(execute, sql, params, many, context):
+        asked.append((sql, params))
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(note):
+        act()
+    explain = "EXPLAIN QUERY PLAN" if connection.vendor == "sqlite" else "EXPLAIN"
+    found = []
+    with connection.cursor() as cursor:
+        for sql, params in asked:
+            if sql.startswith("SELECT"):
+                cursor.execute(f"{explain} {sql}", params)
+                found += [f"{row[-1]}" for row in cursor.fetchall()]
+    return found
+
+
+def reads_history(line: str) -> bool:
+    """Whether a step of a plan goes through rows that have ended long ago."""
+    if connection.vendor == "sqlite":
+        read = re.search(
+            rf"(SCAN|SEARCH) (?:executions_(?:{HISTORY})|U\d+)\b(?: USING (?:COVERING )?(?:INDEX )?(.*))?", line
+        )
+        return bool(read) and not re.match(OPEN, read[2] or "")
+    read = re.search(rf"Scan.* on executions_(?:{HISTORY})\b", line)
+    return bool(read) and not re.search(rf"using ({OPEN}) on|Bitmap", line)
+
+
+@pytest.mark.django_db
+def test_the_rounds_of_the_background_read_nothing_that_has_ended(caller):
+    from tests.bench.million import rounds
+
+    async_to_sync(operations.execute)(caller=caller, request=asks())
+    history(500)
+
+    found = {name: [line for line in plans(round_) if reads_history(line)] for name, round_ in rounds().items()}
+
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def history(count: int) -> None:
+    """What an old installation has of ended rows."""
+    for model in (Sandbox, Execution):
+        ended = model.objects.get()
+        rows = []
+        for _ in range(count):
+            rows.append(copy(ended))
+            rows[-1].pk = new_id("old")
+        model.objects.bulk_create(rows)
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("ANALYZE")
+            cursor.execute("SET LOCAL enable_seqscan = off")  # 500 rows are few

@@ -134,7 +134,7 @@ async def test_what_is_open_is_read_from_the_rows(caller):
     execution = await rows(operations.submit, caller=caller, request=asks())
     waits = await rows(operations.submit, caller=caller, request=asks())
     await Execution.objects.filter(pk=waits.pk).aupdate(
-        state="queued", created_at=timezone.now() - timedelta(seconds=90)
+        state="queued", heartbeat_at=None, created_at=timezone.now() - timedelta(seconds=90)
     )
 
     told = await rows(scraped)
