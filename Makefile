@@ -2,7 +2,7 @@
 # make test   all tests, on SQLite and on PostgreSQL
 # make lint   style, types, layers, migrations
 # make bench  measurements of this machine
-# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves
+# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds
 # make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
@@ -40,6 +40,7 @@ soak: tools
 	$(PY) -m pytest -m long $(ARGS)
 	$(PY) -m tests.bench.soak
 	$(PY) -m tests.bench.reconcile
+	$(PY) -m tests.bench.money
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt

@@ -6,7 +6,11 @@ from pathlib import Path
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.db import DatabaseError
 from django.utils.module_loading import import_string
+
+from executions.costs import usd
+from executions.reports import spend
 
 
 @register(Tags.compatibility)
@@ -61,6 +65,40 @@ def exposure(app_configs, **kwargs):
     if not 1 <= settings.PORT <= 65535:
         found.append(Error(f"PORT={settings.PORT} is not a port.", hint="1 to 65535.", id="executions.E005"))
     return found
+
+
+@register(Tags.security)
+def ceiling(app_configs, **kwargs):
+    if settings.RATE_CEILING_NANO_USD_PER_SECOND >= 0:
+        return []
+    return [
+        Error(
+            f"SANDGATE_RATE_CEILING_NANO_USD_PER_SECOND={settings.RATE_CEILING_NANO_USD_PER_SECOND} is below zero.",
+            hint="Nano-dollars a second where no rate is known; 0 refuses such backends (rate_unknown).",
+            id="executions.E008",
+        )
+    ]
+
+
+@register(Tags.database)
+def rates(app_configs, databases=None, **kwargs):
+    """Runs where a database is asked for: `manage.py check --database default`, and `migrate`."""
+    if not databases:
+        return []
+    try:
+        unrated = spend.unrated()
+    except DatabaseError:  # before the first migration
+        return []
+    charged = settings.RATE_CEILING_NANO_USD_PER_SECOND
+    what = f"is charged the ceiling, {usd(charged)} a second" if charged else "is refused (rate_unknown)"
+    return [
+        Warning(
+            f"No rate is known for backend {alias!r}: whoever asks for it {what}.",
+            hint="Enter what a vCPU-second and a GiB-second cost there: admin, Money → Rates.",
+            id="executions.W002",
+        )
+        for alias in unrated
+    ]
 
 
 @register(Tags.files)

@@ -14,7 +14,10 @@ NANO = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What one allocated second costs; not known means that the configured ceiling stands in for rates that are missing."""
+    """What one allocated second costs; not known means that the configured ceiling stands in for rates that are missing.
+
+    Where there is no ceiling (0) nobody is admitted at that price: `pool.price_of` refuses.
+    """
 
     nano_usd_per_second: int
     is_known: bool
@@ -26,11 +29,6 @@ def price(alias: str, *, cpu_count: int, memory_mib: int, at: datetime) -> Price
     if Rate.VCPU not in rates or Rate.GIB not in rates:
         return Price(settings.RATE_CEILING_NANO_USD_PER_SECOND, is_known=False)
     return Price(rates[Rate.VCPU] * cpu_count + -(-rates[Rate.GIB] * memory_mib // 1024), is_known=True)
-
-
-def rate(alias: str, *, cpu_count: int, memory_mib: int, at: datetime) -> int:
-    """Nano-dollars for one allocated second of such a sandbox. A price that is not known is the ceiling."""
-    return price(alias, cpu_count=cpu_count, memory_mib=memory_mib, at=at).nano_usd_per_second
 
 
 def cost(duration_us: int, rate_nano_usd_per_second: int) -> int:

@@ -18,6 +18,7 @@ SandgateError
 │   │   ├── QueueFull           429  nor may one more wait
 │   │   └── QueueTimedOut       429  it has waited long enough
 │   └── NoBackend               503
+│       └── RateUnknown         503  no price, and no ceiling that stands in for it
 └── BackendError                a machine said no, or broke
     ├── BackendUnavailable      nothing has run: another backend may be tried
     │   └── SandboxRefused      for what was asked of it; the backend itself is well
@@ -50,6 +51,7 @@ class SandgateError(Exception):
         if remedy is not None:
             self.remedy = remedy
         self.facts = facts  # what a program may read: field, retry_after, remaining, needed, resets_at …
+        self.fields: dict[str, str] = {}  # of the HTTP answer that it becomes
         super().__init__(self.detail)
 
     def problem(self) -> dict[str, Any]:
@@ -206,6 +208,15 @@ class NoBackend(Refused):
     status = 503
     theirs = False
     remedy = "Name another route, or ask the operator to look at GET /api/v1/backends."
+
+
+class RateUnknown(NoBackend):
+    """No rate is known for this backend, and no ceiling is set."""
+
+    code = "rate_unknown"
+    remedy = (
+        "Name another route, or have the operator enter the backend's rates (admin, Money → Rates) or set a ceiling."
+    )
 
 
 class BackendError(SandgateError):

@@ -45,6 +45,7 @@ class Caller:
     trace_id: str = ""
     user: str = ""  # the end user and the workflow of one request: quotas may name them
     workflow: str = ""
+    max_nano_usd: int | None = None  # the most that what is asked for may cost
 
     def needs(self, scope: str) -> None:
         """Raises Forbidden without the scope."""

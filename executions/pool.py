@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,8 @@ from django.utils import timezone
 
 from executions import backends, capacity, costs, ledger, metrics, quotas
 from executions.backends.base import Backend
+from executions.costs import Price
+from executions.errors import RateUnknown
 from executions.keys import Caller
 from executions.models import Agent, Claim, Pool, Quota, Sandbox, Team, Template, hot
 from executions.states import SandboxState, Unit, Window
@@ -39,13 +41,10 @@ def claim(caller: Caller, *, alias: str, template: Template, seconds: int, execu
     as the verb's transaction, in which this is called, is undone.
     """
     began = time.perf_counter()
-    found = find(alias, template, fields.get("memory_mib", template.memory_mib), fields.get("network_allow", []))
-    has_lock = caller.agent is not None and caller.agent.lock_id is not None  # no pool is made with it
-    if found is None or has_lock or fields.get("env", template.env) not in ({}, template.env):
+    found, warm = _ready(caller, alias, template, fields)
+    if found is None:
         return intend(caller, alias=alias, template=template, seconds=seconds, executions=executions, **fields)
-    backend = backends.get(alias)
-    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, node_of(backend))), None)
-    if warm is None or warm.leased_until < timezone.now() + timedelta(seconds=LEFT_SECONDS):
+    if warm is None:
         metrics.add("sandgate_pool_claims_total", alias, "miss")
         return intend(
             caller, alias=alias, template=template, seconds=seconds, executions=executions, pool=found, **fields
@@ -58,6 +57,26 @@ def claim(caller: Caller, *, alias: str, template: Template, seconds: int, execu
     metrics.add("sandgate_pool_claims_total", alias, "hit")
     metrics.observe("sandgate_pool_claim_seconds", alias, seconds=took)
     return warm
+
+
+def has_warm(caller: Caller, alias: str, template: Template, **fields) -> bool:
+    """Whether a claim would find one ready now. Call it in a transaction."""
+    return _ready(caller, alias, template, fields)[1] is not None
+
+
+def _ready(
+    caller: Caller, alias: str, template: Template, fields: dict[str, Any]
+) -> tuple[Pool | None, Sandbox | None]:
+    """The pool whose sandboxes are such ones, and one that is ready."""
+    found = find(alias, template, fields.get("memory_mib", template.memory_mib), fields.get("network_allow", []))
+    has_lock = caller.agent is not None and caller.agent.lock_id is not None  # no pool is made with it
+    if found is None or has_lock or fields.get("env", template.env) not in ({}, template.env):
+        return None, None
+    backend = backends.get(alias)
+    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, node_of(backend))), None)
+    if warm is None or warm.leased_until < timezone.now() + timedelta(seconds=LEFT_SECONDS):
+        return found, None
+    return found, warm
 
 
 def _lease(
@@ -94,16 +113,14 @@ def _lease(
 def intend(caller: Caller, *, alias: str, template: Template, seconds: int, executions: int = 0, **fields) -> Sandbox:
     """Reserve the worst case and insert a BOOTING row for it, counting `executions` against the same quotas.
 
-    Raises BudgetExhausted, QuotaExceeded; capacity.Full before anything was taken. Call it in the verb's transaction.
+    Raises BudgetExhausted, QuotaExceeded; capacity.Full and RateUnknown before anything was taken. Call it in the verb's
+    transaction.
     """
     if why := capacity.room(alias):
         raise capacity.Full(why)
     now = timezone.now()
     memory_mib = fields.pop("memory_mib", template.memory_mib)
-    backend = backends.get(alias)
-    its_name = backend.template_name(template.name, template.e2b_template)
-    cpu_count, billed_mib = backend.billed_size(its_name, template.cpu_count, memory_mib)
-    price = costs.price(alias, cpu_count=cpu_count, memory_mib=billed_mib, at=now)
+    backend, price = backends.get(alias), price_of(alias, template, memory_mib)
     rate = price.nano_usd_per_second
     seconds, fits = _worst(seconds, rate, fields)
     budgets = quotas.take(
@@ -139,11 +156,27 @@ def node_of(backend: Backend) -> str:
     return settings.NODE if backend.has_node else ""
 
 
-def _worst(seconds: int, rate: int, fields: dict[str, Any]) -> tuple[int, str]:
-    """The seconds to reserve, and what a refusal says about them."""
+def price_of(alias: str, template: Template, memory_mib: int) -> Price:
+    """What a second of such a sandbox costs there. Raises RateUnknown where no rate is known and no ceiling stands in."""
+    backend = backends.get(alias)
+    its_name = backend.template_name(template.name, template.e2b_template)
+    cpu_count, billed_mib = backend.billed_size(its_name, template.cpu_count, memory_mib)
+    price = costs.price(alias, cpu_count=cpu_count, memory_mib=billed_mib, at=timezone.now())
+    if not price.is_known and not settings.RATE_CEILING_NANO_USD_PER_SECOND:
+        raise RateUnknown(f"No rate is known for {alias}, and no ceiling is set.", backend=alias)
+    return price
+
+
+def _worst(seconds: int, rate: int, fields: dict[str, Any]) -> tuple[int, Callable[[int], str]]:
+    """The seconds to reserve, and what a refusal says that so many nano-dollars would pay for."""
     margin = 0 if fields.get("kept") else MARGIN_SECONDS  # a session ends when it was said to end
-    said = f"; {margin} s are added for boot and settling." if margin else "."
-    return seconds + margin, f"One second costs {costs.usd(rate)}{said}"
+
+    def fits(nano_usd: int) -> str:
+        said = f"One second costs {costs.usd(rate)}{f'; {margin} s are added for boot and settling' if margin else ''}"
+        left = nano_usd // rate - margin if rate else seconds
+        return f"{said}: timeout_seconds ≤ {left} fits." if left > 0 else f"{said}: nothing fits any more."
+
+    return seconds + margin, fits
 
 
 # Which pool, and which of its sandboxes

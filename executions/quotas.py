@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
+from django.conf import settings
 from django.db.models import Q, Sum
 from django.utils import timezone
 
 from executions.costs import usd
 from executions.errors import BudgetExhausted, QuotaExceeded, Refused
 from executions.keys import Caller
-from executions.models import Artifact, Quota, Sandbox, hot
+from executions.models import Artifact, LedgerEntry, Quota, Sandbox, hot
 from executions.states import Unit, WhenExhausted, Window
 
 R = TypeVar("R", bound=Refused)
 CONCURRENT: dict[str, str] = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
 LATER_SECONDS = 1  # by then one that runs may have ended
+SPANS = {
+    Window.SECOND: timedelta(seconds=1),
+    Window.MINUTE: timedelta(minutes=1),
+    Window.HOUR: timedelta(hours=1),
+}
+FOLLOWED = (  # by the rows of each one: what may be changed of a quota
+    "limit", "soft_percent", "when_exhausted", "max_wait_seconds", "raised_by", "raised_until", "raised_why",
+)  # fmt: skip
 
 _of = hot.Compiled(
     lambda team, agent, key, user, workflow, backend: (
@@ -30,35 +43,86 @@ _of = hot.Compiled(
 
 
 def of(caller: Caller, backend: str = "") -> list[Quota]:
-    """The quotas that govern this caller there, in the fixed order in which they are taken."""
+    """The quotas that govern this caller there, in the fixed order in which they are taken.
+
+    Those of each agent or end user are there as the row of this one, where it has been needed before.
+    """
     agent, key = caller.agent, caller.key
     ids = caller.team.pk, agent.pk if agent else "", key.pk if key else ""
-    return _of(*ids, caller.user, caller.workflow, backend)
+    found = _of(*ids, caller.user, caller.workflow, backend)
+    own = {quota.parent_id for quota in found}
+    return [quota for quota in found if not quota.each or (quota.pk not in own and _whom(quota, caller))]
 
 
 def visible_to(caller: Caller) -> list[Quota]:
-    """Those, and the ones that only govern some end user, workflow or backend of theirs."""
+    """Those, and the ones that only govern some end user, workflow or backend of theirs; of end users' own rows the caller's."""
     own = Q(team=None, agent=None, key=None) | Q(team=caller.team, agent=None, key=None)
     own |= Q(agent=caller.agent) if caller.agent else Q()
     own |= Q(key=caller.key) if caller.key else Q()
-    return list(Quota.objects.select_related("team", "agent", "key").filter(own).order_by("id"))
+    of_others = Q(parent__each=Quota.USER) & ~Q(user=caller.user)
+    found = Quota.objects.select_related("team", "agent", "key").filter(own).exclude(of_others)
+    return list(found.order_by("id"))
+
+
+def _whom(each: Quota, caller: Caller) -> str:
+    """Which one of each the caller is; empty where it is none: a request that names no end user."""
+    if each.each == Quota.AGENT:
+        return caller.agent.pk if caller.agent else ""
+    return f"{caller.team.pk}:{caller.user}" if caller.user else ""
+
+
+def _told_apart(found: list[Quota], caller: Caller) -> list[Quota]:
+    """The caller's own row in the place of a quota of each: made when it is first needed, and changed as that one was."""
+    if not any(quota.each or quota.parent_id for quota in found):
+        return found
+    parents = {quota.pk: quota for quota in Quota.objects.filter(pk__in=[quota.parent_id for quota in found])}
+    own = []
+    for quota in found:
+        if quota.each:
+            quota = _made_for(quota, caller)
+        elif quota.parent_id and (parent := parents.get(quota.parent_id)):
+            changed = {name: value for name in FOLLOWED if (value := getattr(parent, name)) != getattr(quota, name)}
+            if changed:
+                Quota.objects.filter(pk=quota.pk).update(**changed)
+                quota.refresh_from_db(fields=list(changed))
+        own.append(quota)
+    return sorted(own, key=lambda quota: quota.pk)
+
+
+def _made_for(each: Quota, caller: Caller) -> Quota:
+    row = Quota(
+        parent=each, of_whom=_whom(each, caller), unit=each.unit, window=each.window, workflow=each.workflow,
+        backend=each.backend, **{name: getattr(each, name) for name in FOLLOWED},
+    )  # fmt: skip
+    if each.each == Quota.AGENT:
+        row.agent, row.user = caller.agent, each.user
+    else:
+        row.user, row.agent, row.key = caller.user, each.agent, each.key
+        row.team = each.team if each.team or each.agent or each.key else caller.team
+    Quota.objects.bulk_create([row], ignore_conflicts=True)  # somebody else may be making it
+    return Quota.objects.select_related("team", "agent", "key").get(parent=each, of_whom=row.of_whom)
+
+
+def zone_of(quota: Quota, team_zone: str) -> str:
+    """Where its days begin: at its team, or, for one that holds for all teams, at the installation."""
+    return settings.TIME_ZONE if quota.is_global else team_zone
 
 
 def window_start(window: str, zone: str, now: datetime) -> datetime | None:
     """When the current window began, in the team's time zone; None for a total."""
     local = now.astimezone(ZoneInfo(zone))
+    midnight = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)  # the first where it comes twice
     match window:
-        case Window.SECOND:
-            return local.replace(microsecond=0)
-        case Window.MINUTE:
-            return local.replace(second=0, microsecond=0)
-        case Window.HOUR:
-            return local.replace(minute=0, second=0, microsecond=0)
         case Window.DAY:
-            return local.replace(hour=0, minute=0, second=0, microsecond=0)
+            return midnight
         case Window.MONTH:
-            return local.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    return None
+            return midnight.replace(day=1)
+        case Window.TOTAL:
+            return None
+    since = timedelta(microseconds=local.microsecond)
+    since += timedelta(seconds=local.second) if window != Window.SECOND else timedelta()
+    since += timedelta(minutes=local.minute) if window == Window.HOUR else timedelta()
+    return (now.astimezone(UTC) - since).astimezone(local.tzinfo)  # an hour is one also where the clock is changed
 
 
 def window_end(window: str, zone: str, now: datetime) -> datetime | None:
@@ -66,18 +130,92 @@ def window_end(window: str, zone: str, now: datetime) -> datetime | None:
     start = window_start(window, zone, now)
     if start is None:
         return None
-    match window:
-        case Window.SECOND:
-            return start + timedelta(seconds=1)
-        case Window.MINUTE:
-            return start + timedelta(minutes=1)
-        case Window.HOUR:
-            return start + timedelta(hours=1)
-        case Window.DAY:  # by the calendar: a day may have 23 or 25 hours
-            return (start.replace(tzinfo=None) + timedelta(days=1)).replace(tzinfo=start.tzinfo)
-        case Window.MONTH:
-            return start.replace(year=start.year + start.month // 12, month=start.month % 12 + 1)
-    return None
+    if span := SPANS.get(Window(window)):
+        return (start.astimezone(UTC) + span).astimezone(start.tzinfo)
+    if window == Window.DAY:  # by the calendar: a day may have 23 or 25 hours
+        return (start.replace(tzinfo=None) + timedelta(days=1)).replace(tzinfo=start.tzinfo)
+    return start.replace(year=start.year + start.month // 12, month=start.month % 12 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an admission needs: `seconds` are those for which a sandbox may live from now on.
+
+    `is_open`: the sandbox changes hands, so that ceilings for everybody have counted it already.
+    """
+
+    executions: int = 0
+    sandboxes: int = 0
+    seconds: int = 0
+    nano_usd: int = 0
+    bytes_stored: int = 0
+    is_open: bool = False
+
+    def of(self, quota: Quota) -> int:
+        """How much of it in the quota's unit; 0: it does not concern this one."""
+        counted = self.is_open and quota.is_global
+        match quota.unit:
+            case Unit.EXECUTIONS | Unit.CONCURRENT_EXECUTIONS:
+                return self.executions
+            case Unit.CONCURRENT_SANDBOXES:
+                return 0 if counted else self.sandboxes
+            case Unit.CREATIONS:
+                return 0 if self.is_open else self.sandboxes
+            case Unit.COMPUTE_US:
+                return 0 if counted else self.seconds * 1_000_000
+            case Unit.BYTES_STORED:
+                return self.bytes_stored
+        return self.nano_usd
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a quota has left at a moment, and what is asked of it."""
+
+    quota: Quota
+    limit: int
+    used: int
+    reserved: int
+    resets_at: datetime | None
+    needed: int = 0
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.limit - self.used - self.reserved)
+
+    @property
+    def suffices(self) -> bool:
+        return self.needed <= self.remaining
+
+
+def standing(quota: Quota, zone: str, ask: Ask | None = None) -> Standing:
+    """As it is now; nothing is written, though its window may be over."""
+    now, zone = timezone.now(), zone_of(quota, zone)
+    start = window_start(quota.window, zone, now)
+    used = in_use(quota)
+    if start is not None and quota.window_started_at < start:  # nobody has asked in this window yet
+        used = spent_since(quota, start) if quota.unit == Unit.NANO_USD else 0
+    ends, needed = window_end(quota.window, zone, now), ask.of(quota) if ask else 0
+    return Standing(quota, ceiling(quota, now), used, reserved(quota), ends, needed)
+
+
+_noted: ContextVar[list[Standing] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[Standing]]:
+    """Collect what `take` leaves of each quota within this block, on whichever thread it is called."""
+    notes: list[Standing] = []
+    mine = _noted.set(notes)
+    try:
+        yield notes
+    finally:
+        _noted.reset(mine)
+
+
+def _note(quota: Quota, limit: int, used: int, reserved: int, ends: datetime | None) -> None:
+    if (notes := _noted.get()) is not None:
+        notes.append(Standing(quota, limit, used, reserved, ends))
 
 
 def take(
@@ -89,44 +227,60 @@ def take(
     nano_usd: int = 0,
     bytes_stored: int = 0,
     backend: str = "",
-    fits: str = "",
+    fits: Callable[[int], str] | None = None,
     is_open: bool = False,
 ) -> list[int]:
     """Take from every quota of the caller, or from none. Returns the ids of the budgets that now hold `nano_usd`.
 
-    `seconds` are those for which a sandbox may live from now on. Raises QuotaExceeded or BudgetExhausted with what was
-    needed, what is left and when it resets; the transaction around it undoes what was taken before. `fits` says what a
-    smaller request could be. `is_open`: the sandbox changes hands, so that ceilings for everybody have counted it already.
+    The amounts are those of `Ask`. Raises QuotaExceeded or BudgetExhausted with what was needed, what is left and when it
+    resets; the transaction around it undoes what was taken before. `fits` says what so many nano-dollars would pay for.
     """
-    now, zone = timezone.now(), caller.team.time_zone
-    budgets = []
-    for quota in of(caller, backend):
+    ask = Ask(executions, sandboxes, seconds, nano_usd, bytes_stored, is_open)
+    now = timezone.now()
+    found = _told_apart(of(caller, backend), caller)
+    if caller.max_nano_usd is not None and nano_usd > caller.max_nano_usd:
+        raise too_dear(caller.max_nano_usd, nano_usd, _fits(found, caller, now, fits))
+    budgets: list[int] = []
+    for quota in found:
+        zone = zone_of(quota, caller.team.time_zone)
         _begin_window(quota, zone, now)
-        counted = is_open and quota.is_global
+        if not (needed := ask.of(quota)):
+            continue
+        used, aside = quota.used + needed, quota.reserved
         match quota.unit:
-            case Unit.CONCURRENT_EXECUTIONS if executions:
-                _take_open(quota, executions, now)
-            case Unit.CONCURRENT_SANDBOXES if sandboxes and not counted:
-                _take_open(quota, sandboxes, now)
-            case Unit.COMPUTE_US if seconds and not counted:
-                _take_time(quota, seconds * 1_000_000, zone, now)
-            case Unit.EXECUTIONS if executions:
-                _take_counted(quota, executions, zone, now)
-            case Unit.CREATIONS if sandboxes and not is_open:
-                _take_counted(quota, sandboxes, zone, now)
-            case Unit.BYTES_STORED if bytes_stored:
-                _take_open(quota, bytes_stored, now)
-            case Unit.NANO_USD if nano_usd:
-                if not hot.take(quota.pk, "reserved", nano_usd, now):
-                    raise _by(quota, _exhausted(quota, nano_usd, zone, now, fits))
+            case Unit.CONCURRENT_EXECUTIONS | Unit.CONCURRENT_SANDBOXES | Unit.BYTES_STORED:
+                used = _take_open(quota, needed, now) + needed
+            case Unit.COMPUTE_US:
+                _take_time(quota, needed, zone, now)
+            case Unit.EXECUTIONS | Unit.CREATIONS:
+                _take_counted(quota, needed, zone, now)
+            case Unit.NANO_USD:
+                if not hot.take(quota.pk, "reserved", needed, now):
+                    raise _by(quota, _exhausted(quota, needed, zone, now, _fits(found, caller, now, fits)))
                 budgets.append(quota.pk)
+                used, aside = quota.used, quota.reserved + needed
+        if _noted.get() is not None:
+            _note(quota, ceiling(quota, now), used, aside, window_end(quota.window, zone, now))
     return budgets
 
 
 def _begin_window(quota: Quota, zone: str, now: datetime) -> None:
+    """Count anew where the window is over; of money what was spent in the new one already stays."""
     start = window_start(quota.window, zone, now)
-    if start is not None and quota.window_started_at < start:
-        Quota.objects.filter(pk=quota.pk, window_started_at__lt=start).update(used=0, window_started_at=start)
+    if start is None or quota.window_started_at >= start:
+        return
+    used = 0
+    if quota.unit == Unit.NANO_USD:
+        list(Quota.objects.select_for_update().filter(pk=quota.pk))  # who is billing has written it, or waits
+        used = spent_since(quota, start)
+    Quota.objects.filter(pk=quota.pk, window_started_at__lt=start).update(used=used, window_started_at=start)
+    quota.refresh_from_db(fields=["used", "window_started_at"])
+
+
+def spent_since(quota: Quota, start: datetime) -> int:
+    """Nano-dollars by the ledger: what the budget's new window has used already when nobody has asked in it yet."""
+    spent = LedgerEntry.objects.filter(quota=quota, kind=LedgerEntry.SPEND, at__gte=start)
+    return spent.aggregate(total=Sum("amount_nano_usd"))["total"] or 0
 
 
 def settle(budgets: list[int], *, release: int = 0, spend: int = 0) -> None:
@@ -186,10 +340,11 @@ def _scope(quota: Quota) -> dict[str, str]:
     return found | {name: getattr(quota, name) for name in ("user", "workflow", "backend") if getattr(quota, name)}
 
 
-def _take_open(quota: Quota, asked: int, now: datetime) -> None:
+def _take_open(quota: Quota, asked: int, now: datetime) -> int:
+    """What was in use before."""
     used, limit = in_use(quota, lock=True), ceiling(quota, now)
     if used + asked <= limit:
-        return
+        return used
     refusal = QuotaExceeded(
         f"{quota.scope_name} is at {used:,} of {limit:,} {quota.get_unit_display().lower()}.",
         unit=quota.unit,
@@ -231,6 +386,10 @@ def _left_of_the_living(quota: Quota, now: datetime) -> int:
 
 def _by(quota: Quota, refusal: R) -> R:
     """The refusal, with what the quota says of such requests."""
+    facts = refusal.facts
+    ends = facts.get("resets_at")
+    ends = datetime.fromisoformat(ends) if ends else None
+    _note(quota, facts["limit"], facts["limit"] - facts["remaining"], 0, ends)
     if quota.when_exhausted == WhenExhausted.WAIT:
         refusal.waits_seconds = quota.max_wait_seconds
     refusal.goes_local = quota.when_exhausted == WhenExhausted.LOCAL
@@ -260,6 +419,13 @@ def _per(quota: Quota) -> str:
     return "" if quota.window == Window.TOTAL else f" per {quota.window}"
 
 
+def _fits(found: list[Quota], caller: Caller, now: datetime, fits: Callable[[int], str] | None) -> str:
+    """What the tightest of the budgets would pay for, in a sentence."""
+    left = [ceiling(quota, now) - quota.used - quota.reserved for quota in found if quota.unit == Unit.NANO_USD]
+    left += [caller.max_nano_usd] if caller.max_nano_usd is not None else []
+    return fits(max(0, min(left))) if fits and left else ""
+
+
 def _exhausted(quota: Quota, needed: int, zone: str, now: datetime, fits: str) -> BudgetExhausted:
     facts = _facts(quota, needed, zone, now)
     left = f"{usd(facts['remaining'])} of {usd(facts['limit'])}{_per(quota)} left{_resets(facts)}"
@@ -268,3 +434,12 @@ def _exhausted(quota: Quota, needed: int, zone: str, now: datetime, fits: str) -
         remedy=f"{fits} {BudgetExhausted.remedy}".strip(),
         **facts,
     )
+
+
+def too_dear(most: int, needed: int, fits: str = "") -> BudgetExhausted:
+    """The refusal of what could cost more than its own `max_cost_usd`."""
+    return BudgetExhausted(
+        f"This could cost {usd(needed)}, and max_cost_usd is {usd(most)}.",
+        remedy=f"{fits} Ask for less time, or for a higher max_cost_usd.".strip(),
+        unit=Unit.NANO_USD, limit=most, needed=needed, remaining=most,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from django.conf import settings
 
 from executions import backends, breaker, capacity
 from executions.backends.base import Backend
-from executions.errors import Invalid, NoBackend
+from executions.errors import Invalid, NoBackend, RateUnknown
 from executions.keys import Caller
 from executions.models import Agent, Template
 from executions.states import ISOLATION, LANGUAGES, SkipCode
@@ -79,16 +79,23 @@ def plan(
 
 
 def first(route: Route, claim: Callable[[str], T]) -> T:
-    """What `claim` gives at the first alias whose plan has room; those before it join the skipped. NoBackend where none has.
+    """What `claim` gives at the first alias whose plan has room and whose price is known; those before it join the skipped.
 
-    Call it in the transaction of the admission: `claim` raises capacity.Full before it has changed anything.
+    Raises NoBackend, or RateUnknown, where there is none. Call it in the transaction of the admission: `claim` raises
+    capacity.Full and RateUnknown before it has changed anything.
     """
+    unpriced: RateUnknown | None = None
     for alias in list(route.aliases):
         try:
             return claim(alias)
         except capacity.Full as full:
-            route.aliases.remove(alias)
-            route.skipped.append(Skipped(alias, str(full), SkipCode.FULL))
+            left = Skipped(alias, str(full), SkipCode.FULL)
+        except RateUnknown as e:
+            unpriced, left = e, Skipped(alias, "no rate is known for it, and no ceiling is set", e.code)
+        route.aliases.remove(alias)
+        route.skipped.append(left)
+    if unpriced and not any(left.code == SkipCode.FULL for left in route.skipped):
+        raise unpriced
     refusal = _none_of(route, [capacity.RETRY_SECONDS])
     refusal.waits_seconds = settings.QUEUE_SECONDS
     raise refusal

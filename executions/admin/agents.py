@@ -146,7 +146,10 @@ class AgentPage(ConfigurationPage):
             "today": spent or 0,
             "running": Execution.objects.open().filter(agent=object_id).count(),
             "refused": refused.aggregate(times=Sum("times"))["times"] or 0,
-            "recent": Execution.objects.filter(agent=object_id).defer(*HEAVY).order_by("-id")[:8],
+            "recent": Execution.objects.filter(agent=object_id)
+            .select_related("sandbox")
+            .defer(*HEAVY)
+            .order_by("-id")[:8],
             "runs_link": show.rows_of("execution", agent__id__exact=object_id),
             "running_link": show.rows_of("execution", agent__id__exact=object_id, open="yes"),
             "refused_link": show.rows_of("refusal", agent__id__exact=object_id, since="hour"),

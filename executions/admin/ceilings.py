@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from django.conf import settings
 from django.db.models import Count
 from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
@@ -47,13 +48,15 @@ def _used(quota: Quota, counts: list[dict[str, Any]] | None) -> int:
         return sum(row["rows"] for row in counts)
     start = quotas.window_start(quota.window, zone_of(quota), timezone.now())
     over = start is not None and quota.window_started_at < start  # nobody has asked in this window yet
-    return 0 if over else quota.used
+    if start is not None and over:
+        return quotas.spent_since(quota, start) if quota.unit == Unit.NANO_USD else 0
+    return quota.used
 
 
 def zone_of(quota: Quota) -> str:
     owner = quota.key or quota.agent
     team: Team | None = owner.team if owner else quota.team
-    return team.time_zone if team else "UTC"
+    return team.time_zone if team else settings.TIME_ZONE
 
 
 def amount(quota: Quota, value: int) -> str:

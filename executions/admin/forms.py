@@ -253,7 +253,17 @@ class QuotaForm(forms.ModelForm):
         for name in OPTIONAL & self.fields.keys():
             self.fields[name].required = False
         if self.instance.pk:
-            for name in {"unit", "window", "team", "agent", "key", "user", "workflow", "backend"} & self.fields.keys():
+            for name in {
+                "unit",
+                "window",
+                "each",
+                "team",
+                "agent",
+                "key",
+                "user",
+                "workflow",
+                "backend",
+            } & self.fields.keys():
                 self.fields[name].disabled = True
             one = STEPS.get(self.instance.unit, 1)
             for name in ("limit", "raised_by"):
@@ -279,12 +289,18 @@ class QuotaForm(forms.ModelForm):
                 data[name] = int(amount)
         if data.get("raised_by") and not data.get("raised_until"):
             self.add_error("raised_until", "A raise ends: say when.")
+        if data.get("raised_by") and not data.get("raised_why"):
+            self.add_error("raised_why", "Who wanted it, and for what: whoever reads the audit later asks.")
         if unit in (*CONCURRENT, Unit.BYTES_STORED) and data.get("window") != Window.TOTAL:
             self.add_error("window", "What is there at the same time has no window: choose total.")
         if unit in (Unit.CONCURRENT_SANDBOXES, Unit.COMPUTE_US, Unit.BYTES_STORED):
             for name in ("user", "workflow"):
-                if data.get(name):
+                if data.get(name) or (name == "user" and data.get("each") == Quota.USER):
                     self.add_error(name, f"{unit.capitalize().replace('_', ' ')} are not known by {name}.")
+        if data.get("each") == Quota.USER and data.get("user"):
+            self.add_error("user", "It holds for each end user: leave this empty.")
+        if data.get("each") == Quota.AGENT and (data.get("agent") or data.get("key")):
+            self.add_error("each", "Each agent of whom: choose a team, or none for every team.")
         if sum(data.get(scope) is not None for scope in ("team", "agent", "key")) > 1:
             self.add_error(None, "A quota belongs to one team, one agent or one key; with none of them, to everybody.")
         return data

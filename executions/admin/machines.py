@@ -31,7 +31,9 @@ class RunsInside(RecordInline):
     per_page = 20
 
     def get_queryset(self, request: HttpRequest) -> QuerySet:
-        return super().get_queryset(request).defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+        return (
+            super().get_queryset(request).select_related("sandbox").defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+        )
 
     @display(description="execution")
     def run(self, row: Execution) -> Any:
@@ -51,7 +53,7 @@ class RunsInside(RecordInline):
 
     @display(description="cost")
     def cost(self, row: Execution) -> SafeString:
-        return show.money(row.cost_nano_usd)
+        return show.cost(row.cost_nano_usd, row.sandbox)
 
     @display(description="age")
     def age(self, row: Execution) -> Any:
@@ -154,7 +156,7 @@ class SandboxPage(RecordPage):
 
     @display(description="spent", ordering="spent_nano_usd")
     def spent(self, row: Sandbox) -> SafeString:
-        return show.money(row.spent_nano_usd)
+        return show.cost(row.spent_nano_usd, row)
 
     @display(description="a second costs")
     def rate(self, row: Sandbox) -> SafeString:

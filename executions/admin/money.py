@@ -13,7 +13,7 @@ from unfold.decorators import display
 from unfold.paginator import InfinitePaginator
 from unfold.views import ChangeList
 
-from executions import quotas
+from executions import ledger, quotas
 from executions.admin import ceilings, filters, show
 from executions.admin.base import ConfigurationPage, RecordPage
 from executions.admin.costs import reconciliation, report
@@ -36,20 +36,22 @@ class QuotaPage(ConfigurationPage):
     list_filter = [
         ("unit", ChoicesDropdownFilter),
         ("window", ChoicesDropdownFilter),
+        ("each", ChoicesDropdownFilter),
         ("team", AutocompleteSelectFilter),
         ("agent", AutocompleteSelectFilter),
     ]
-    list_select_related = ["team", "agent__team", "key__team"]
-    search_fields = ["team__name", "agent__name", "key__name"]
+    list_select_related = ["team", "agent__team", "key__team", "parent"]
+    search_fields = ["team__name", "agent__name", "key__name", "user"]
     autocomplete_fields = ["team", "agent", "key"]
     ordering = ["team__name", "agent__name", "key__name", "unit"]
     fieldsets = [
         (
             "Whose",
             {
-                "fields": ["team", "agent", "key", ("user", "workflow", "backend")],
-                "description": "One of team, agent and key; with none of them it holds for everybody. End user, workflow "
-                "and backend narrow it to what runs for, in or on them.",
+                "fields": ["team", "agent", "key", "each", ("user", "workflow", "backend")],
+                "description": "One of team, agent and key; with none of them it holds for everybody. With `each`, every "
+                "agent or end user of theirs has the whole limit. End user, workflow and backend narrow it to what runs for, "
+                "in or on them.",
             },
         ),
         ("How much", {"fields": ["unit", "window", "limit", "soft_percent"]}),
@@ -121,7 +123,7 @@ class RatePage(ConfigurationPage):
 
 @admin.register(LedgerEntry)
 class LedgerPage(RecordPage):
-    list_display = ["id", "kind", "amount", "budget", "machine", "run", "age"]
+    list_display = ["id", "kind", "amount", "gives", "receives", "budget", "machine", "run", "age"]
     list_filter = [filters.SinceAt, ("kind", ChoicesDropdownFilter), ("team", AutocompleteSelectFilter)]
     list_select_related = ["quota__team", "quota__agent", "quota__key"]
     search_fields = ["sandbox__id__startswith", "execution__id__startswith"]
@@ -132,6 +134,14 @@ class LedgerPage(RecordPage):
     @display(description="amount", ordering="amount_nano_usd")
     def amount(self, row: LedgerEntry) -> SafeString:
         return show.money(row.amount_nano_usd)
+
+    @display(description="from")
+    def gives(self, row: LedgerEntry) -> str:
+        return ledger.SIDES[row.kind][0]
+
+    @display(description="to")
+    def receives(self, row: LedgerEntry) -> str:
+        return ledger.SIDES[row.kind][1]
 
     @display(description="budget")
     def budget(self, row: LedgerEntry) -> Any:
@@ -160,7 +170,7 @@ class UsagePage(RecordPage):
         ("agent", AutocompleteSelectFilter),
         ("team", AutocompleteSelectFilter),
     ]
-    list_select_related = ["agent"]
+    list_select_related = ["agent", "sandbox"]
     search_fields = ["sandbox__id__startswith", "execution__id__startswith"]
     search_help_text = "The id of a sandbox or an execution."
     ordering = ["-id"]
@@ -184,7 +194,7 @@ class UsagePage(RecordPage):
 
     @display(description="cost", ordering="cost_nano_usd")
     def cost(self, row: Usage) -> SafeString:
-        return show.money(row.cost_nano_usd)
+        return show.cost(row.cost_nano_usd, row.sandbox)
 
     @display(description="sandbox")
     def machine(self, row: Usage) -> Any:

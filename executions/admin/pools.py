@@ -172,8 +172,10 @@ class PoolPage(ConfigurationPage):
     def full_cost(self, row: Pool) -> SafeString:
         memory_mib = row.memory_mib or row.template.memory_mib
         now = timezone.now()
-        rate = costs.rate(row.backend, cpu_count=row.template.cpu_count, memory_mib=memory_mib, at=now)
-        return show.money(int(rate) * DAY * demand.wanted(row, now))
+        price = costs.price(row.backend, cpu_count=row.template.cpu_count, memory_mib=memory_mib, at=now)
+        if not price.is_known:
+            return show.number("unpriced", "No rate is known: budgets are charged the ceiling rate")
+        return show.money(price.nano_usd_per_second * DAY * demand.wanted(row, now))
 
     @display(description="of its budget today")
     def spent_today(self, row: Pool) -> Any:

@@ -36,7 +36,7 @@ class ExecutionPage(RecordPage):
         ("agent", AutocompleteSelectFilter),
         ("team", AutocompleteSelectFilter),
     ]
-    list_select_related = ["agent", "actor", "key"]
+    list_select_related = ["agent", "actor", "key", "sandbox"]
     search_fields = ["id__startswith", "agent__name__startswith", "workflow__startswith", "step", "user", "request_id"]
     search_help_text = "Id, agent, workflow, step, end user or request id, from its beginning."
     ordering = ["-id"]  # ids sort by time of birth, and the primary key is an index
@@ -92,7 +92,7 @@ class ExecutionPage(RecordPage):
 
     @display(description="cost", ordering="cost_nano_usd")
     def cost(self, row: Execution) -> SafeString:
-        return show.money(row.cost_nano_usd)
+        return show.cost(row.cost_nano_usd, row.sandbox)
 
     @display(description="who")
     def who(self, row: Execution) -> Any:

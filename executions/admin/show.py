@@ -15,6 +15,7 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from executions import costs
+from executions.models import Sandbox
 
 NONE = "–"
 ICONS = {
@@ -79,6 +80,13 @@ def money(nano_usd: int | None) -> SafeString:
     if nano_usd is None:
         return format_html('<span class="sg-num sg-soft" title="No cost is known yet">{}</span>', NONE)
     return format_html('<span class="sg-num" title="{} nano-dollars">{}</span>', f"{nano_usd:,}", costs.usd(nano_usd))
+
+
+def cost(nano_usd: int | None, sandbox: Sandbox | None) -> SafeString:
+    """The same of what ran in a sandbox: unpriced where no rate was known."""
+    if nano_usd is None or sandbox is None or sandbox.is_priced:
+        return money(nano_usd)
+    return number("unpriced", f"No rate is known: {nano_usd:,} nano-dollars were charged at the ceiling")
 
 
 def number(value: Any, title: str = "") -> SafeString:

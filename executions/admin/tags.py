@@ -13,7 +13,7 @@ from executions.admin import show
 from executions.models import Execution
 
 register = template.Library()
-for tag in (show.badge, show.money, show.when, show.step):
+for tag in (show.badge, show.cost, show.money, show.when, show.step):
     register.simple_tag(tag)
 register.simple_tag(show.link, name="rowlink")
 register.filter("usd", costs.usd)

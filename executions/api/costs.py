@@ -65,7 +65,7 @@ def _answer(request: HttpRequest, told: Any) -> HttpResponse:
     if form not in ("json", "csv", "focus") or (form == "focus" and told is not _cost):
         raise Invalid("format: json or csv; of costs also focus.", field="format")
     groups = _groups(request.GET.get("group_by", "day"))
-    period = _period(request, caller, hourly="hour" in groups)
+    period = period_of(request, caller, hourly="hour" in groups)
     totals.roll_up(batches=BATCHES)
     if form == "focus":
         return _file(exports.focus_csv(period), "focus-1.2.csv", period)
@@ -104,17 +104,17 @@ def _groups(text: str) -> list[str]:
     return groups
 
 
-def _period(request: HttpRequest, caller: Caller, *, hourly: bool) -> spend.Period:
+def period_of(request: HttpRequest, caller: Caller, *, hourly: bool) -> spend.Period:
     today = timezone.now().astimezone(ZoneInfo(caller.team.time_zone)).date()
-    last = _day(request, "to") or today
-    first = _day(request, "from") or last - timedelta(days=DAYS - 1)
+    last = day_of(request, "to") or today
+    first = day_of(request, "from") or last - timedelta(days=DAYS - 1)
     most = spend.MOST_HOURLY_DAYS if hourly else spend.MOST_DAYS
     if not 0 <= (last - first).days < most:
         raise Invalid(f"from, to: both days included, and at most {most} of them.", field="from")
-    return spend.Period(first, last, caller.team, _agent(request, caller), request.GET.get("backend", ""))
+    return spend.Period(first, last, caller.team, agent_of(request, caller), request.GET.get("backend", ""))
 
 
-def _day(request: HttpRequest, name: str) -> date | None:
+def day_of(request: HttpRequest, name: str) -> date | None:
     text = request.GET.get(name)
     if not text:
         return None
@@ -127,7 +127,7 @@ def _day(request: HttpRequest, name: str) -> date | None:
     return day
 
 
-def _agent(request: HttpRequest, caller: Caller) -> Agent | None:
+def agent_of(request: HttpRequest, caller: Caller) -> Agent | None:
     """The agent whose costs are asked for: the key's own, or the one that a team's key names."""
     asked = request.GET.get("agent", "")
     if caller.key is not None and caller.key.agent_id:

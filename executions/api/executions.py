@@ -13,6 +13,7 @@ from rest_framework.generics import ListAPIView
 
 from executions import journal, operations
 from executions.api.auth import caller_of
+from executions.api.limits import tells_limits
 from executions.api.pages import shaped
 from executions.api.problems import answers
 from executions.errors import Invalid
@@ -68,9 +69,14 @@ collection.csrf_exempt = True  # type: ignore[attr-defined]
 
 
 @answers
+@tells_limits
 async def create(request: HttpRequest) -> HttpResponse:
+    body = body_of(request)
+    if isinstance(body, dict) and body.get("dry_run"):
+        return answer(await rows(lambda: operations.quote(caller=caller_of(request), request=parse(Submission, body))))
+
     def who_and_what() -> tuple[Caller, Submission]:
-        return caller_of(request), parse(Submission, body_of(request))
+        return caller_of(request), parse(Submission, body)
 
     shape = await operations.execute(
         caller=who_and_what,

@@ -15,6 +15,7 @@ from executions import audit
 from executions.errors import Forbidden, Invalid, NotFound, SandgateError, TooLarge, Unauthenticated
 from executions.hop import rows
 
+RETRY_SECONDS = 60  # where nothing is known that ends by itself: an operator may have acted by then
 log = logging.getLogger(__name__)
 
 
@@ -22,8 +23,10 @@ def problem(error: SandgateError, request: Any = None) -> HttpResponse:
     """The answer for one of our errors."""
     body = error.problem() | {"request_id": getattr(request, "id", "")}
     response = HttpResponse(json.dumps(body), status=error.status, content_type="application/problem+json")
-    if retry := error.facts.get("retry_after"):
+    if retry := error.facts.get("retry_after") or (RETRY_SECONDS if error.status in (429, 503) else 0):
         response["Retry-After"] = str(int(retry))
+    for name, value in error.fields.items():
+        response[name] = value
     if error.status == 401:
         response["WWW-Authenticate"] = "Bearer"
     return response

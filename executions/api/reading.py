@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from django.db import connection
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -48,7 +49,7 @@ async def environment(request: HttpRequest) -> HttpResponse:
 @answers
 async def limits(request: HttpRequest) -> HttpResponse:
     _get(request)
-    found = await rows(lambda: operations.limits(caller=caller_of(request)))
+    found = await rows(lambda: operations.limits(caller=replace(caller_of(request), user=request.GET.get("user", ""))))
     return _json({"results": [shape.model_dump(mode="json") for shape in found]})
 
 

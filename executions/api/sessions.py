@@ -17,6 +17,7 @@ from rest_framework.generics import ListAPIView
 from executions import operations
 from executions.api.auth import caller_of
 from executions.api.executions import answer, body_of
+from executions.api.limits import tells_limits
 from executions.api.pages import shaped
 from executions.api.problems import answers
 from executions.errors import Invalid, TooLarge
@@ -46,6 +47,7 @@ collection.csrf_exempt = True  # type: ignore[attr-defined]
 
 
 @answers
+@tells_limits
 async def create(request: HttpRequest) -> HttpResponse:
     caller, asked = await rows(lambda: (caller_of(request), parse(SessionRequest, body_of(request))))
     token = request.headers.get("Idempotency-Key")

@@ -1,6 +1,17 @@
 from django.urls import path
 
-from executions.api import artifacts, audit, costs, executions, metrics, packages, problems, reading, sessions
+from executions.api import (
+    artifacts,
+    audit,
+    costs,
+    executions,
+    forecasts,
+    metrics,
+    packages,
+    problems,
+    reading,
+    sessions,
+)
 
 
 def schema(request):
@@ -38,6 +49,9 @@ urlpatterns = [
     path("api/v1/refusals", reading.refusals),
     path("api/v1/audit", audit.events),
     path("api/v1/costs", costs.costs),
+    path("api/v1/costs/forecast", forecasts.forecast),
+    path("api/v1/costs/what-if", forecasts.what_if),
+    path("api/v1/costs/bills", forecasts.bill),
     path("api/v1/usage", costs.usage),
     path("healthz", reading.healthz),
     path("readyz", reading.readyz),

@@ -208,7 +208,7 @@ class Socket(AsyncJsonWebsocketConsumer):
         }
         if ended:
             message["elapsed_ms"] = int((ended - began).total_seconds() * 1000)
-            message["cost_usd"] = (execution.cost_nano_usd or 0) / costs.NANO
+            message |= _cost(execution.cost_nano_usd or 0, execution.sandbox)
         await self.send_json(message)
         if execution.state == ExecutionState.QUEUED:
             place = await rows(operations.position, execution)
@@ -221,7 +221,12 @@ class Socket(AsyncJsonWebsocketConsumer):
         elapsed_us = int((timezone.now() - execution.running_at).total_seconds() * 1_000_000)
         rate = execution.sandbox.rate_nano_usd_per_second if execution.sandbox else 0
         message = {"type": "usage", "seq": 0, "execution_id": execution.pk, "elapsed_ms": elapsed_us // 1000}
-        await self.send_json({**message, "cost_usd": costs.cost(elapsed_us, rate) / costs.NANO})
+        await self.send_json(message | _cost(costs.cost(elapsed_us, rate), execution.sandbox))
+
+
+def _cost(nano_usd: int, sandbox: Sandbox | None) -> dict[str, float]:
+    """Nothing where no rate is known: the page has said already that it is unpriced."""
+    return {"cost_usd": nano_usd / costs.NANO} if sandbox is None or sandbox.is_priced else {}
 
 
 class ExecutionSocket(Socket):
@@ -277,8 +282,7 @@ class SessionSocket(Socket):
             "open": sandbox.ended_at is None,
             "end_at": sandbox.leased_until.isoformat(),
             "reason": sandbox.end_reason,
-            "cost_usd": sandbox.spent_nano_usd / costs.NANO,
-        }
+        } | _cost(sandbox.spent_nano_usd, sandbox)
         if now != self.said:
             self.said = now
             await self.send_json({"type": "session", "seq": 0, **now})

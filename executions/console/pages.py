@@ -98,7 +98,7 @@ def runs(request: MemberRequest) -> HttpResponse:
         if cursor is not None:
             at = cursor.created_at
             found = found.filter(Q(created_at__lt=at) | Q(created_at=at, id__lt=cursor.id))
-    listed = list(found.select_related("agent__person").defer("files", "env")[: PAGE + 1])
+    listed = list(found.select_related("agent__person", "sandbox").defer("files", "env")[: PAGE + 1])
     query = QueryDict(mutable=True)
     query.update({name: value for name, value in filters.items() if value})
     first_page = query.urlencode()

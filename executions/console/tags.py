@@ -14,6 +14,13 @@ from executions.models import Agent, Execution, Sandbox
 register = template.Library()
 register.filter("usd", costs.usd)
 
+
+@register.filter
+def usd_in(nano_usd: int | None, sandbox: Sandbox | None) -> str:
+    """What it cost in that sandbox; "unpriced" where no rate was known."""
+    return costs.usd(nano_usd if sandbox is None or sandbox.is_priced else None)
+
+
 ICONS = {
     "queued": "dots",
     "starting": "dots",

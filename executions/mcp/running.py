@@ -40,6 +40,9 @@ class ExecuteCode(Accepted):
         max_length=64,
     )
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time of the run.")
+    max_cost_usd: float | None = Field(
+        None, ge=0, description="Refused where the run, and keeping a fresh session, could cost more dollars than this."
+    )
     idempotency_key: Token = None
 
 
@@ -69,6 +72,7 @@ async def execute_code(call: Call, asked: ExecuteCode) -> Answer:
         "language": asked.language,
         "files": {path: _base64(content) for path, content in asked.files.items()},
         "timeout_seconds": asked.timeout_seconds,
+        "max_cost_usd": asked.max_cost_usd,
         "cancel_on_disconnect": call.cancels,
     }
     request = parse(Submission, wanted)
@@ -77,7 +81,7 @@ async def execute_code(call: Call, asked: ExecuteCode) -> Answer:
         return await _run(call, parse(Submission, wanted | {"session_id": asked.session_id}), asked.idempotency_key)
     if not asked.keep_session:
         return await _run(call, request, asked.idempotency_key)
-    session_id = await sessions.open_for(call, request.language, asked.idempotency_key)
+    session_id = await sessions.open_for(call, request.language, asked.idempotency_key, request.max_cost_usd)
     try:
         return await _run(call, request.model_copy(update={"session_id": session_id}), asked.idempotency_key)
     except Refused:

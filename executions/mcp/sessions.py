@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from decimal import Decimal
 from typing import Annotated, Any
 
 from django.utils import timezone
@@ -34,7 +35,7 @@ KEPT_TOLD = 20  # artifacts that end_session names
 OPENED_HERE = {"opened_by": "execute_code"}
 
 
-async def open_for(call: Call, language: str, token: str | None) -> str:
+async def open_for(call: Call, language: str, token: str | None, max_cost_usd: Decimal | None = None) -> str:
     """A session that has the language; the same one for a repeated token. Raises Refused, BackendUnavailable."""
     route = await rows(routes.plan, call.caller, asked=None, language=language)
     request = SessionRequest(
@@ -42,6 +43,7 @@ async def open_for(call: Call, language: str, token: str | None) -> str:
         timeout_seconds=SESSION_SECONDS,
         idle_timeout_seconds=IDLE_SECONDS,
         metadata=OPENED_HERE,
+        max_cost_usd=max_cost_usd,
     )
     own = f"session-{hashlib.sha256(token.encode()).hexdigest()}" if token else None
     opening = asyncio.ensure_future(operations.open_session(caller=call.caller, request=request, idempotency_key=own))
@@ -120,7 +122,7 @@ async def end_session(call: Call, asked: EndSession) -> Answer:
     sandbox = await operations.end_session(caller=call.caller, session_id=asked.session_id)
     shape = await rows(lambda: session_shape(Sandbox.objects.select_related("agent", "template").get(pk=sandbox.pk)))
     kept = await rows(lambda: list(sandbox.artifacts.order_by("name")[:KEPT_TOLD]))
-    lines = [f"The session {shape.id} has ended ({shape.end_reason}); it cost ${shape.cost_usd or '0'}.", shape.kept]
+    lines = [f"The session {shape.id} has ended ({shape.end_reason}); its cost is {_cost(shape)}.", shape.kept]
     lines += [f"{artifact.pk}  {artifact.name!r}  {artifact.size_bytes:,} bytes" for artifact in kept]
     if kept:
         lines.append(
@@ -129,6 +131,10 @@ async def end_session(call: Call, asked: EndSession) -> Answer:
     found = answers.of(shape, "\n".join(line for line in lines if line))
     found.links = [resources.of_artifact(artifact) for artifact in kept]
     return found
+
+
+def _cost(shape: SessionShape) -> str:
+    return f"${shape.cost_usd}" if shape.cost_usd[:1].isdigit() else shape.cost_usd
 
 
 class InstallPackage(InstallRequest):

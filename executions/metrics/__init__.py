@@ -64,7 +64,11 @@ def ended(execution: Execution) -> None:
     assert ended_at is not None
     add("sandgate_executions_total", backend, str(execution.state), _reason(execution.error_code))
     if execution.cost_nano_usd:
-        add("sandgate_cost_nano_usd_total", backend, by=execution.cost_nano_usd)
+        is_priced = execution.sandbox is None or execution.sandbox.is_priced
+        if is_priced:
+            add("sandgate_cost_nano_usd_total", backend, by=execution.cost_nano_usd)
+        else:
+            add("sandgate_unpriced_charged_nano_usd_total", backend, by=execution.cost_nano_usd)
     for attempt in execution.tried:
         if attempt.outcome in (AttemptOutcome.UNAVAILABLE, AttemptOutcome.LOST):
             add("sandgate_backend_failures_total", _alias(attempt.backend), _reason(attempt.code))

@@ -44,6 +44,9 @@ FAMILIES = {
         "counter", ("backend", "outcome"), "Admissions that wanted a warm sandbox: hit or miss."
     ),
     "sandgate_cost_nano_usd_total": Family("counter", ("backend",), "What executions cost, in nano-dollars."),
+    "sandgate_unpriced_charged_nano_usd_total": Family(
+        "counter", ("backend",), "What executions without a known rate were charged at the ceiling, in nano-dollars."
+    ),
     "sandgate_orphans_killed_total": Family(
         "counter", ("backend",), "Sandboxes that a backend still had although their row had ended."
     ),

@@ -99,7 +99,9 @@ class LedgerEntry(models.Model):
     RESERVE, RELEASE, SPEND = "reserve", "release", "spend"
 
     team = models.ForeignKey(Team, models.PROTECT, related_name="+", db_index=False)
-    quota = models.ForeignKey(Quota, models.SET_NULL, null=True, related_name="entries", db_index=False)
+    quota = models.ForeignKey(  # never changed, also when the budget is deleted
+        Quota, models.DO_NOTHING, null=True, related_name="entries", db_index=False, db_constraint=False
+    )
     sandbox = models.ForeignKey(Sandbox, models.PROTECT, related_name="ledger")
     execution = models.ForeignKey(Execution, models.PROTECT, null=True, related_name="ledger")
     kind = models.CharField(max_length=8, choices=[(k, k) for k in (RESERVE, RELEASE, SPEND)])

@@ -9,6 +9,7 @@ from executions.operations.drill import outage_drill
 from executions.operations.environment import backend_states, environment, limits, offer, outages
 from executions.operations.install import Installed, install, install_for_agent, lock_of
 from executions.operations.pausing import pause, wake
+from executions.operations.quote import quote
 from executions.operations.reap import reap, retire
 from executions.operations.reverts import model_of, revert, why_not
 from executions.operations.run import Run, drain, running, start
@@ -67,6 +68,7 @@ __all__ = [
     "pause_session",
     "position",
     "put_file",
+    "quote",
     "reap",
     "rebuild",
     "remove_file",

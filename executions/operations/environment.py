@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 from django.db.models import Count
-from django.utils import timezone
 
 from executions import backends, breaker, demand, egress, quotas
 from executions.backends.base import Check
@@ -16,8 +15,8 @@ from executions.keys import Caller
 from executions.models import BackendState, Pool, Sandbox, Template
 from executions.operations.attest import last_attestations
 from executions.routes import plan
-from executions.serializers import LimitShape, dollars, session_shape
-from executions.states import LANGUAGES, BreakerState, Scope, Unit
+from executions.serializers import LimitShape, limit_shape, session_shape
+from executions.states import LANGUAGES, BreakerState, Scope
 
 CHECK_SECONDS = 2
 
@@ -25,34 +24,7 @@ CHECK_SECONDS = 2
 def limits(*, caller: Caller) -> list[LimitShape]:
     """Every ceiling of the caller with what is used, reserved and left."""
     caller.needs(Scope.READ)
-    now, zone = timezone.now(), caller.team.time_zone
-    shapes = []
-    for quota in quotas.visible_to(caller):
-        start = quotas.window_start(quota.window, zone, now)
-        stale = start is not None and quota.window_started_at < start
-        used = 0 if stale else quotas.in_use(quota)
-        money = quota.unit == Unit.NANO_USD
-        limit, reserved = quotas.ceiling(quota, now), quotas.reserved(quota)
-        left = max(0, limit - used - reserved)
-        shapes.append(
-            LimitShape(
-                scope=quota.scope_name,
-                unit=quota.unit,
-                window=quota.window,
-                user=quota.user,
-                workflow=quota.workflow,
-                backend=quota.backend,
-                limit=limit,
-                used=used,
-                reserved=reserved,
-                remaining=left,
-                remaining_usd=dollars(left) if money else "",
-                is_nearly_exhausted=(used + reserved) * 100 >= limit * quota.soft_percent,
-                when_exhausted=quota.when_exhausted,
-                resets_at=quotas.window_end(quota.window, zone, now),
-            )
-        )
-    return shapes
+    return [limit_shape(quotas.standing(quota, caller.team.time_zone)) for quota in quotas.visible_to(caller)]
 
 
 def offer(caller: Caller) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, egress, pool, routes
+from executions import backends, breaker, capacity, egress, pool, quotas, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendError,
@@ -24,6 +25,7 @@ from executions.errors import (
     FileRefused,
     Invalid,
     NoBackend,
+    RateUnknown,
     Refused,
     SandboxLost,
     SandboxRefused,
@@ -43,7 +45,7 @@ from executions.operations.submit import (
     remember,
     replay,
 )
-from executions.serializers import SessionRequest
+from executions.serializers import SessionRequest, nano
 from executions.states import EndReason, SandboxState, Scope
 
 S = SandboxState
@@ -63,7 +65,7 @@ async def open_session(*, caller: Caller, request: SessionRequest, idempotency_k
 
 def _intend(caller: Caller, request: SessionRequest, token: str | None) -> tuple[Sandbox, list[str], Caller]:
     caller.needs(Scope.RUN)
-    caller = caller.acting_as(request.agent)
+    caller = replace(caller.acting_as(request.agent), max_nano_usd=nano(request.max_cost_usd))
     try:
         try:
             sandbox, route = _admit(caller, request, token)
@@ -113,6 +115,8 @@ def _intent(caller: Caller, request: SessionRequest, alias: str) -> Sandbox:
         keep_files=(artifacts.SESSION_DEFAULT if kept is None else kept) if has.files else [],
     )
     pausing.reserve_until(sandbox, sandbox.leased_until)  # and the time in which its files are kept
+    if caller.max_nano_usd is not None and sandbox.reserved_nano_usd > caller.max_nano_usd:
+        raise quotas.too_dear(caller.max_nano_usd, sandbox.reserved_nano_usd)
     return sandbox
 
 
@@ -153,8 +157,8 @@ def _fall_back(
         try:
             with transaction.atomic(durable=True):
                 return _intent(caller, request, alias)
-        except capacity.Full as full:
-            said.append(f"{alias}: {full}")
+        except (capacity.Full, RateUnknown) as left_out:
+            said.append(f"{alias}: {left_out}")
     left = f"No backend is left: {'; '.join(said)}"
     raise SandboxRefused(left) if isinstance(why, SandboxRefused) else NoBackend(left)
 

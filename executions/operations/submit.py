@@ -29,7 +29,7 @@ from executions.models import (
     hot,
 )
 from executions.operations import artifacts, pausing
-from executions.serializers import KeptFile, Submission
+from executions.serializers import KeptFile, Submission, nano
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Scope, SkipCode
 
 E = ExecutionState
@@ -47,7 +47,9 @@ def submit(
     `replayed` is set on it, as the same request was admitted before. Raises Refused; the refusal is stored.
     """
     caller.needs(Scope.RUN)
-    caller = replace(caller.acting_as(request.agent), user=request.user, workflow=request.workflow)
+    if request.dry_run:
+        raise Invalid("dry_run: only POST /executions prices a request, one at a time.", field="dry_run")
+    caller = asking(caller, request)
     try:
         try:
             return _admitted(caller, request, idempotency_key, later)
@@ -56,6 +58,12 @@ def submit(
     except Refused as refusal:
         record_refusal(caller, refusal)
         raise
+
+
+def asking(caller: Caller, request: Submission) -> Caller:
+    """The caller with what the request says of itself: agent, end user, workflow and the most that it may cost."""
+    most = nano(request.max_cost_usd)
+    return replace(caller.acting_as(request.agent), user=request.user, workflow=request.workflow, max_nano_usd=most)
 
 
 def _admitted(caller: Caller, request: Submission, idempotency_key: str | None, later: bool) -> Execution:
@@ -108,25 +116,7 @@ def _admit(
         fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         if earlier := replay(agent, idempotency_key, fingerprint):
             return earlier
-    timeout = request.timeout_seconds or agent.timeout_seconds
-    most = min(agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS)
-    if timeout > most:
-        raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
-    limits = request.limits.model_dump(exclude_none=True)
-    if request.session_id:
-        if "memory_mib" in limits:
-            raise Invalid("limits.memory_mib: a session has its memory already.", field="limits.memory_mib")
-        if request.network is not None:
-            raise Invalid("network: a session has its network already; say it when you open one.", field="network")
-        wish = Wish(session_id=request.session_id)
-    else:
-        template = find_template(agent, request.template)
-        memory_mib = limits.get("memory_mib", template.memory_mib)
-        if memory_mib > template.memory_mib:
-            most = f"at most {template.memory_mib}, which template {template.name} has"
-            raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
-        network = egress.allowed(agent, request.network)
-        wish = Wish("", route or request.route, template.name, memory_mib, tuple(network))
+    timeout, wish = wanted(caller, request, route)
     now = timezone.now()
     is_command = request.script_path is not None
     code = _command_line(request) if is_command else request.code or ""
@@ -143,7 +133,8 @@ def _admit(
         env=request.env,
         files=_files(caller, request),
         timeout_seconds=timeout,
-        limits=limits,
+        limits=request.limits.model_dump(exclude_none=True),
+        max_cost_nano_usd=caller.max_nano_usd,
         keep_files=_kept_by(agent, request),
         cancel_on_disconnect=request.cancel_on_disconnect,
         user=request.user,
@@ -175,6 +166,30 @@ def _admit(
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)
     return execution
+
+
+def wanted(caller: Caller, request: Submission, route: list[str] | None = None) -> tuple[int, Wish]:
+    """Its wall time in seconds and what it needs to start; with `route`, there. Raises Invalid, Forbidden."""
+    agent = caller.agent
+    assert agent is not None
+    timeout = request.timeout_seconds or agent.timeout_seconds
+    most = min(agent.timeout_max_seconds, settings.EXECUTION_TIMEOUT_MAX_SECONDS)
+    if timeout > most:
+        raise Invalid(f"timeout_seconds: at most {most} for agent {agent.name}.", field="timeout_seconds")
+    limits = request.limits.model_dump(exclude_none=True)
+    if request.session_id:
+        if "memory_mib" in limits:
+            raise Invalid("limits.memory_mib: a session has its memory already.", field="limits.memory_mib")
+        if request.network is not None:
+            raise Invalid("network: a session has its network already; say it when you open one.", field="network")
+        return timeout, Wish(session_id=request.session_id)
+    template = find_template(agent, request.template)
+    memory_mib = limits.get("memory_mib", template.memory_mib)
+    if memory_mib > template.memory_mib:
+        most = f"at most {template.memory_mib}, which template {template.name} has"
+        raise Invalid(f"limits.memory_mib: {most}.", field="limits.memory_mib")
+    network = egress.allowed(agent, request.network)
+    return timeout, Wish("", route or request.route, template.name, memory_mib, tuple(network))
 
 
 def begin(execution_id: str) -> Execution | None:
@@ -227,6 +242,9 @@ def _place(
     ready = True
     if wish.session_id:
         sandbox = claim_session(caller, wish.session_id)
+        worst = sandbox.rate_nano_usd_per_second * timeout  # of what the session has reserved
+        if caller.max_nano_usd is not None and worst > caller.max_nano_usd:
+            raise quotas.too_dear(caller.max_nano_usd, worst)
         quotas.take(caller, executions=1, backend=sandbox.backend)
         route = routes.plan(caller, asked=[sandbox.backend], network=sandbox.network_allow, fresh=False, **kind)
         timeout = max(1, min(timeout, int((sandbox.leased_until - timezone.now()).total_seconds())))
@@ -297,6 +315,7 @@ def caller_of(execution: Execution) -> Caller:
         user=execution.user,
         workflow=execution.workflow,
         door=execution.door,
+        max_nano_usd=execution.max_cost_nano_usd,
     )
 
 

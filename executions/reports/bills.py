@@ -16,14 +16,15 @@ from django.db.models import Sum
 
 from executions.costs import NANO
 from executions.errors import Invalid
-from executions.models import CostTotal, ProviderCharge, Sandbox
-from executions.reports.spend import Period
+from executions.models import CostTotal, ProviderCharge, Sandbox, Team
 from executions.reports.totals import HOUR, cut, utc_hour
 
 MOST_BYTES = 20_000_000
 DAYS = ("date", "day", "timestamp", "start", "start_time", "chargeperiodstart", "usage_date")
 MONEY = ("cost", "usd", "amount", "cost_usd", "total", "billedcost", "price")
 NAMES = ("sandbox", "sandbox_id", "sandboxid", "resourceid")
+
+NAMED = ("e2b_id", "sandbox_id")  # in a handle: what its backend calls the sandbox
 
 Charges = dict[tuple[date, str], int]
 
@@ -105,13 +106,27 @@ class Day:
         return None if self.theirs_nano_usd is None else self.theirs_nano_usd - self.ours_nano_usd
 
 
-def reconcile(backend: str, first: date, last: date) -> list[Day]:
-    """Each UTC day of the period on which one of the two sides has something, the newest first."""
+def reconcile(backend: str, first: date, last: date, team: Team | None = None) -> list[Day]:
+    """Each UTC day of the period on which one of the two sides has something, the newest first.
+
+    With a team, what the bill says of sandboxes that are its own: as far as it names them.
+    """
     hours = CostTotal.objects.filter(grain=CostTotal.HOUR, by="", day__gte=first, day__lte=last, backend=backend)
-    ours = dict(hours.order_by().values_list("day").annotate(nano=Sum("cost_nano_usd")))
     bills = ProviderCharge.objects.filter(backend=backend, day__gte=first, day__lte=last)
+    if team is not None:
+        hours, bills = hours.filter(team=team), bills.filter(sandbox__in=_names(backend, first, last, team))
+    ours = dict(hours.order_by().values_list("day").annotate(nano=Sum("cost_nano_usd")))
     theirs = dict(bills.order_by().values_list("day").annotate(nano=Sum("nano_usd")))
     return [Day(day, ours.get(day, 0), theirs.get(day)) for day in sorted(ours.keys() | theirs.keys(), reverse=True)]
+
+
+def _names(backend: str, first: date, last: date, team: Team | None = None) -> set[str]:
+    """What the provider calls the sandboxes that were made here about that time."""
+    since, until = first - timedelta(days=31), last + timedelta(days=1)
+    ours = Sandbox.objects.filter(backend=backend, created_at__date__gte=since, created_at__date__lte=until)
+    ours = ours.filter(team=team) if team is not None else ours
+    handles = ours.filter(handle__isnull=False).values_list("handle", flat=True)
+    return {name for handle in handles for key in NAMED if (name := (handle or {}).get(key))}
 
 
 def strangers(backend: str, first: date, last: date) -> list[dict[str, Any]]:
@@ -120,10 +135,6 @@ def strangers(backend: str, first: date, last: date) -> list[dict[str, Any]]:
     billed = dict(bills.order_by().values_list("sandbox").annotate(nano=Sum("nano_usd")))
     if not billed:
         return []
-    period = Period(first - timedelta(days=31), last + timedelta(days=1))
-    ours = Sandbox.objects.filter(
-        backend=backend, created_at__date__gte=period.first, created_at__date__lte=period.last, handle__isnull=False
-    )
-    known = {value for handle in ours.values_list("handle", flat=True) for value in (handle or {}).values() if value}
+    known = _names(backend, first, last)
     found = [{"sandbox": name, "nano_usd": nano} for name, nano in billed.items() if name not in known]
     return sorted(found, key=lambda one: (-one["nano_usd"], one["sandbox"]))

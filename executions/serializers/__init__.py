@@ -1,5 +1,6 @@
 """One noun, one shape: what REST, the websocket and MCP all send, and what they accept."""
 
+from executions.serializers.prices import LeftOutShape, QuoteShape, limit_shape, need_shape, part_shape
 from executions.serializers.requests import (
     Accepted,
     CancelRequest,
@@ -8,6 +9,7 @@ from executions.serializers.requests import (
     RunLimits,
     SessionRequest,
     Submission,
+    nano,
     parse,
 )
 from executions.serializers.shapes import (
@@ -33,6 +35,7 @@ from executions.serializers.shapes import (
     execution_head,
     execution_shape,
     package_shape,
+    priced,
     session_shape,
     template_shape,
 )
@@ -51,9 +54,11 @@ __all__ = [
     "InstallRequest",
     "InstalledShape",
     "KeptFile",
+    "LeftOutShape",
     "LimitShape",
     "Logs",
     "PackageShape",
+    "QuoteShape",
     "RunLimits",
     "SessionRequest",
     "SessionShape",
@@ -66,8 +71,13 @@ __all__ = [
     "event_shape",
     "execution_head",
     "execution_shape",
+    "limit_shape",
+    "nano",
+    "need_shape",
     "package_shape",
     "parse",
+    "part_shape",
+    "priced",
     "session_shape",
     "template_shape",
 ]

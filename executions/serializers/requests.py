@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 from django.conf import settings
@@ -19,6 +20,12 @@ def _patterns(patterns: list[str] | None) -> list[str] | None:
     return None if patterns is None else globs.normalised(patterns)
 
 
+def nano(dollars: Decimal | None) -> int | None:
+    """Nano-dollars; None where nothing was said."""
+    return None if dollars is None else int(dollars * 1_000_000_000)
+
+
+Dollars = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=9)]
 NameValue = dict[
     Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)], Annotated[str, Field(max_length=32_768)]
 ]
@@ -99,6 +106,13 @@ class Submission(Accepted):
         None,
         description="Folders and globs below /home/user that are kept as artifacts at its end. Left out: the agent's.",
     )
+    max_cost_usd: Dollars | None = Field(
+        None, description="Refused (402) where its worst case is above this. Dollars: a number or a decimal string."
+    )
+    dry_run: bool = Field(
+        False,
+        description="Answer what it would cost at most, and whether it would be admitted (200); nothing is stored.",
+    )
 
     @field_validator("code")
     @classmethod
@@ -148,6 +162,9 @@ class SessionRequest(Accepted):
     )
     keep_files: Kept = Field(
         None, description="Folders and globs below /home/user that are kept as artifacts at its end. Left out: outputs."
+    )
+    max_cost_usd: Dollars | None = Field(
+        None, description="Refused (402) where keeping it until its end could cost more."
     )
 
 

@@ -97,8 +97,14 @@ class ExecutionShape(BaseModel):
     session_id: str | None = None
     timeout_seconds: int
     usage: UsageShape
-    cost_usd: str = Field(description="Dollars as a decimal string; empty while it runs.")
-    cost_nano_usd: int | None = None
+    cost_usd: str = Field(
+        description='Dollars as a decimal string; empty while it runs; "unpriced" where no rate was known.'
+    )
+    cost_nano_usd: int | None = Field(None, description="null while it runs, and where it is unpriced.")
+    unpriced_charged_nano_usd: int | None = Field(
+        None, description="What budgets were charged at the ceiling rate, where no rate was known."
+    )
+    max_cost_usd: str = Field("", description="The most that it was allowed to cost, where its request said so.")
     error_code: str = Field("", description="A code of ours when the run did not end by itself.")
     detail: str = ""
     agent: str
@@ -138,7 +144,7 @@ class SessionShape(BaseModel):
     kept: str = Field("", description="What was kept at its end, or why not.")
     end_reason: str
     reserved_usd: str
-    cost_usd: str
+    cost_usd: str = Field(description='"unpriced" where no rate was known; budgets are charged the ceiling rate then.')
     metadata: dict[str, Any]
     created_at: datetime
     last_used_at: datetime
@@ -201,6 +207,7 @@ class LimitShape(BaseModel):
     scope: str
     unit: str
     window: str
+    each: str = Field("", description="user or agent: it holds for every one of them separately.")
     user: str = Field("", description="Where it only governs what runs for this end user; likewise the next two.")
     workflow: str = ""
     backend: str = ""
@@ -211,6 +218,7 @@ class LimitShape(BaseModel):
     remaining_usd: str = ""
     is_nearly_exhausted: bool = False
     when_exhausted: str = Field("refuse", description="refuse, wait or local: what becomes of a request without room.")
+    raised_until: datetime | None = Field(None, description="Until when the limit is raised to what it says.")
     resets_at: datetime | None = None
 
 
@@ -243,6 +251,14 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
 def dollars(nano_usd: int | None) -> str:
     """An exact decimal string of dollars, without exponent; empty where unknown."""
     return "" if nano_usd is None else f"{nano_usd / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
+
+
+UNPRICED = "unpriced"
+
+
+def priced(nano_usd: int | None, is_priced: bool) -> str:
+    """Dollars; "unpriced" where the amount is the ceiling's, as no rate was known; empty where nothing is settled yet."""
+    return dollars(nano_usd) if is_priced or nano_usd is None else UNPRICED
 
 
 def execution_shape(
@@ -306,6 +322,7 @@ def egress_shape(row: Egress) -> EgressShape:
 def execution_head(execution: Execution) -> ExecutionShape:
     """An execution without its journal: what lists show."""
     sandbox = execution.sandbox
+    is_priced = sandbox is None or sandbox.is_priced
     return ExecutionShape(
         id=execution.id,
         state=execution.state,
@@ -331,8 +348,10 @@ def execution_head(execution: Execution) -> ExecutionShape:
             peak_memory_bytes=execution.peak_memory_bytes,
             output_bytes=execution.output_bytes,
         ),
-        cost_usd=dollars(execution.cost_nano_usd),
-        cost_nano_usd=execution.cost_nano_usd,
+        cost_usd=priced(execution.cost_nano_usd, is_priced),
+        cost_nano_usd=execution.cost_nano_usd if is_priced else None,
+        unpriced_charged_nano_usd=None if is_priced else execution.cost_nano_usd,
+        max_cost_usd=dollars(execution.max_cost_nano_usd),
         error_code=execution.error_code,
         detail=execution.error_value if execution.error_code else "",
         agent=execution.agent.name,
@@ -382,7 +401,7 @@ def session_shape(sandbox: Sandbox) -> SessionShape:
         kept=sandbox.kept_said,
         end_reason=sandbox.end_reason,
         reserved_usd=dollars(sandbox.reserved_nano_usd),
-        cost_usd=dollars(sandbox.spent_nano_usd),
+        cost_usd=priced(sandbox.spent_nano_usd, sandbox.is_priced),
         metadata=sandbox.metadata,
         created_at=sandbox.created_at,
         last_used_at=sandbox.last_used_at,

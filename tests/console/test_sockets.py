@@ -82,7 +82,7 @@ async def test_a_cell_is_told_from_sending_to_its_end(ada):
     assert kinds.index("stdout") < kinds.index("result")
     assert {m["client_id"] for m in said if m["type"] == "state"} == {"c1"}
     assert [m["seq"] for m in said if m["type"] in ("stdout", "result")] == [1, 2]
-    assert said[-1]["cost_usd"] is not None
+    assert "cost_usd" not in said[-1]  # no rate is known for this backend: a zero would be a lie
 
 
 async def test_the_same_request_sent_twice_runs_once(ada):
