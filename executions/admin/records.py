@@ -9,13 +9,13 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 from django.utils import timezone
 from django.utils.safestring import SafeString
-from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesDropdownFilter
+from unfold.contrib.filters.admin import AutocompleteSelectFilter
 from unfold.decorators import action, display
 
 from executions import audit, operations
 from executions.admin import filters, levers, show
 from executions.admin.base import RecordPage, caller_of
-from executions.models import AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Package, Refusal, SignInLink
+from executions.models import AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Refusal, SignInLink
 
 
 @admin.register(Refusal)
@@ -149,35 +149,6 @@ class IdempotencyPage(RecordPage):
     @display(description="age", ordering="created_at")
     def age(self, row: IdempotencyRecord) -> Any:
         return show.when(row.created_at)
-
-
-@admin.register(Package)
-class PackagePage(RecordPage):
-    list_display = ["name", "version", "badge", "reason", "agent_link", "machine", "size", "age"]
-    list_filter = [filters.SinceAt, ("verdict", ChoicesDropdownFilter), ("agent", AutocompleteSelectFilter)]
-    list_select_related = ["agent"]
-    search_fields = ["name__startswith"]
-    ordering = ["-id"]
-
-    @display(description="verdict", ordering="verdict")
-    def badge(self, row: Package) -> SafeString:
-        return show.badge(row.verdict, row.reason)
-
-    @display(description="agent", ordering="agent__name")
-    def agent_link(self, row: Package) -> Any:
-        return show.link(row.agent)
-
-    @display(description="sandbox")
-    def machine(self, row: Package) -> Any:
-        return show.link_to("sandbox", row.sandbox_id)
-
-    @display(description="size", ordering="size_bytes")
-    def size(self, row: Package) -> SafeString:
-        return show.number(show.size(row.size_bytes))
-
-    @display(description="age")
-    def age(self, row: Package) -> Any:
-        return show.when(row.at)
 
 
 @admin.register(SignInLink)

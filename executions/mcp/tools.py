@@ -55,7 +55,8 @@ TOOLS = {
         sessions.install_package,
         sessions.InstallPackage,
         sessions.Installed,
-        "Make packages importable in this session, without a restart. {packages} They are fetched outside the sandbox.",
+        "Make packages importable in this session, without a restart, or without session_id in all your future sandboxes. "
+        "{packages} Where a person decides, the answer is approval_pending: go on without, and ask again later.",
     ),
     "get_environment": Tool(
         "Look around",

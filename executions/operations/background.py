@@ -11,7 +11,7 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import artifacts, probe, replenish, sessions, templates, waiting
+from executions.operations import artifacts, locks, probe, replenish, sessions, templates, waiting
 from executions.operations.reap import kill_orphans, reap
 from executions.reports import totals
 
@@ -70,6 +70,7 @@ async def _kill_orphans() -> None:
 async def _prune() -> None:
     if removed := await artifacts.prune():
         log.info("artifacts_let_go", extra={"contents": removed})
+    await locks.sweep()
 
 
 async def _roll_up() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from collections import OrderedDict
 from dataclasses import replace
@@ -9,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from executions import backends
 from executions.backends.base import Backend, Handle, SandboxSpec
 from executions.errors import BackendError, InstallFailed, SandboxRefused
 from executions.hop import rows
-from executions.models import PackageLock, Sandbox
+from executions.models import Agent, PackageLock, Sandbox
 from executions.operations import bases
 from executions.operations.placing import once, put
 from executions.packages import index, layers, wheels
@@ -65,7 +68,20 @@ async def _shown(lock: PackageLock, backend: Any) -> str:
             await once(f"layer {under / name}", partial(layers.folder, hashes, under, compiled=compiled))
         except (InstallFailed, OSError) as problem:
             raise SandboxRefused(f"The packages of the agent's lock cannot be had: {problem}") from None
+    os.utime(under / name)  # in use: the sweep leaves it
     return name
+
+
+async def sweep() -> None:
+    """Let go of wheels and folders that nothing has asked for in a month."""
+
+    def in_use() -> set[str]:
+        locks = PackageLock.objects.filter(pk__in=Agent.objects.exclude(lock=None).values("lock"))
+        return {layers.digest(pin["sha256"] for pin in lock.pins) for lock in locks}
+
+    known = [backends.get(alias) for alias in backends.aliases()]
+    under = [Path(backend.layers) for backend in known if backend.capabilities.layers]  # type: ignore[attr-defined]
+    await asyncio.to_thread(layers.sweep, under, await rows(in_use))
 
 
 def _item(pin: dict[str, Any]) -> Item:

@@ -11,10 +11,22 @@ from django.db.models import Field, ForeignKey, Model
 from executions import audit
 from executions.errors import Conflict
 from executions.keys import Caller
-from executions.models import Agent, ApiKey, AuditEvent, Membership, Pool, Quota, Rate, Team, Template, User
+from executions.models import (
+    Agent,
+    ApiKey,
+    AuditEvent,
+    Membership,
+    PackagePolicy,
+    Pool,
+    Quota,
+    Rate,
+    Team,
+    Template,
+    User,
+)
 
 CONFIGURATION: dict[str, type[Model]] = {
-    "agent": Agent, "key": ApiKey, "membership": Membership, "pool": Pool, "quota": Quota, "rate": Rate, "team": Team,
+    "agent": Agent, "key": ApiKey, "membership": Membership, "packagepolicy": PackagePolicy, "pool": Pool, "quota": Quota, "rate": Rate, "team": Team,
     "template": Template, "user": User,
 }  # fmt: skip
 

@@ -278,7 +278,12 @@ class Run:
             said = backend.run_command(handle, execution.code, **options)
         else:
             options |= {"language": execution.language, "context_id": execution.context or None}
-            said = backend.run_code(handle, execution.code, **options)
+            code = execution.code
+            if "pip" in code:
+                from executions.operations import pip_lines  # which installs by way of sessions
+
+                code = await pip_lines.heeded(execution)
+            said = backend.run_code(handle, code, **options)
         self.handed_over = True
         try:
             async with aclosing(said) as events:  # type: ignore[type-var]

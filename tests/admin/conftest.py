@@ -12,7 +12,9 @@ from django.utils import timezone
 from executions import audit, keys
 from executions.keys import Caller
 from executions.models import (
+    Advisory,
     Agent,
+    Approval,
     Artifact,
     Attempt,
     Attestation,
@@ -28,6 +30,8 @@ from executions.models import (
     Membership,
     MetricTotal,
     Package,
+    PackageLock,
+    PackagePolicy,
     Pool,
     ProviderCharge,
     Quota,
@@ -43,13 +47,18 @@ from executions.models import (
 )
 from executions.states import Scope, Unit, Window
 
+PIN = {
+    "name": "emoji", "version": "2", "sha256": "0" * 64, "size_bytes": 5, "licence": "", "published_at": None, "advisories": None,
+    "needed_by": [], "answer": "ask", "reason": "<b>asked",
+}  # fmt: skip
+
 MODELS = [
-    "agent", "apikey", "artifact", "attempt", "attestation", "auditevent", "audithead", "backendstate", "claim", "costtotal", "egress", "event", "execution",
-    "idempotencyrecord", "ledgerentry",
-    "membership", "metrictotal", "package", "pool", "providercharge", "quota", "rate", "refusal", "sandbox", "signinlink", "team", "template",
-    "transition", "usage", "user",
+    "advisory", "agent", "apikey", "approval", "artifact", "attempt", "attestation", "auditevent", "audithead",
+    "backendstate", "claim", "costtotal", "egress", "event", "execution", "idempotencyrecord", "ledgerentry",
+    "membership", "metrictotal", "package", "packagelock", "packagepolicy", "pool", "providercharge", "quota", "rate",
+    "refusal", "sandbox", "signinlink", "team", "template", "transition", "usage", "user",
 ]  # fmt: skip
-CONFIGURATION = ["agent", "apikey", "membership", "pool", "quota", "rate", "team", "template", "user"]
+CONFIGURATION = ["agent", "apikey", "membership", "packagepolicy", "pool", "quota", "rate", "team", "template", "user"]
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +211,15 @@ def one_of_everything(template: Template) -> dict:
             team=team, quota=quota, sandbox=sandbox, execution=execution, kind="spend", amount_nano_usd=5
         ),
         "membership": Membership.objects.create(team=team, user=person),
-        "package": Package.objects.create(**who, sandbox=sandbox, name="emoji", verdict="allowed"),
+        "package": Package.objects.create(**who, sandbox=sandbox, name="emoji", version="2", verdict="allowed"),
+        "packagelock": PackageLock.objects.create(agent=agent, digest=name, python="3.11", asked=["emoji"], pins=[PIN]),
+        "packagepolicy": PackagePolicy.objects.create(team=team, deny=["left-pad"]),
+        "approval": Approval.objects.create(
+            **who, sandbox=sandbox, execution=execution, asked=["emoji"], pins=[PIN], why="asked", roll=name
+        ),
+        "advisory": Advisory.objects.create(
+            identifier=name, package="emoji", modified_at=timezone.now(), told_at=timezone.now()
+        ),
         "providercharge": ProviderCharge.objects.create(
             backend="e2b", day=timezone.now().date(), sandbox=name, nano_usd=5, source="bill.csv"
         ),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
 
 from executions import backends, keys, operations
+from executions.backends.local.backend import CAPABILITIES, LocalBackend
 from executions.hop import rows
-from executions.models import Agent
-from executions.operations import bases, setup
+from executions.models import Agent, Package
+from executions.operations import bases, placing, setup
+from executions.packages import layers
+from executions.packages.history import runs_with
 from executions.serializers import SessionRequest, Submission, parse
 from executions.states import Scope
 from tests.index import Index, running_index
@@ -82,3 +86,59 @@ async def test_a_package_can_be_imported_in_a_live_session_without_a_restart(cal
     assert [(p.name, p.version, p.requested) for p in done.packages] == [("greeting", "1.0", True)]
     assert await said(caller, "import greeting; print(x, greeting.words)", session_id=session) == "1 hello"
     await operations.end_session(caller=caller, session_id=session)
+
+
+async def test_pip_install_in_a_cell_goes_the_same_way_and_says_what_became_of_it(caller, index):
+    index.add("greeting", "1.0", {"greeting.py": "words = 'hello'\n"})
+    code = "x = '''\n%pip install evil\n'''\n%pip install -q greeting\n!pip install missing-one\nimport greeting\nprint(greeting.words)"
+
+    shape = await operations.execute(caller=await again(caller), request=parse(Submission, {"code": code}))
+
+    assert shape.logs.stdout == "Importable now: greeting 1.0\nhello\n", shape
+    assert shape.logs.stderr.startswith("install_failed: It cannot be installed:")
+    assert await rows(lambda: list(Package.objects.values_list("name", "execution"))) == [("greeting", shape.id)]
+    assert await rows(lambda: [run.pk for run in runs_with(caller.team, "greeting", "1.0")]) == [shape.id]
+
+
+async def test_a_cell_that_installs_what_the_policy_denies_is_told_so_and_goes_on(caller, index):
+    caller.agent.packages = []
+    await rows(caller.agent.save)
+
+    shape = await operations.execute(
+        caller=await again(caller), request=parse(Submission, {"code": "%pip install greeting\nprint(1)"})
+    )
+
+    assert shape.logs.stdout == "1\n"
+    assert shape.logs.stderr.startswith("package_denied: Agent etl may not install greeting; allowed are: none.")
+
+
+async def test_an_agents_packages_are_seen_by_its_own_sandboxes_alone_and_cannot_be_changed(caller, index, team):
+    index.add("greeting", "1.0", {"greeting.py": "words = 'hello'\n"})
+    await operations.install_for_agent(caller=caller, requirements=["greeting"])
+    other = await rows(Agent.objects.create, team=team, name="other", isolation_floor="none")
+
+    look = "import os; print(os.listdir('/opt/layers'), os.listdir('/opt/packages'))"
+    alone = await said(replace(caller, agent=other), look)
+    own = await said(caller, f"{look}; open('/opt/packages/greeting.py', 'w')")
+
+    assert alone == "[] []"
+    assert own.startswith("OSError: [Errno 30] Read-only file system")
+    assert await rows(lambda: [run.agent.name for run in runs_with(team, "greeting", "1.0")]) == ["etl"]
+
+
+async def test_a_sandbox_elsewhere_is_sent_the_same_lock_and_proves_its_hash(caller, index, monkeypatch):
+    index.add("greeting", "1.0", {"greeting.py": "words = 'hello'\n"})
+    await operations.install_for_agent(caller=caller, requirements=["greeting"])
+    monkeypatch.setattr(LocalBackend, "capabilities", replace(CAPABILITIES, layers=False))
+    monkeypatch.setattr(LocalBackend, "remote", True)
+    put = AsyncMock(side_effect=placing.said)
+    monkeypatch.setattr(placing, "said", put)
+
+    assert await said(caller, "import greeting; print(greeting.__file__)") == "/home/user/.packages/greeting.py"
+    assert "sha256sum -c" in put.call_args.args[1]
+
+    archive, _ = layers.archive([pin["sha256"] for pin in (await rows(operations.lock_of, caller, None)).pins])
+    archive.write_bytes(archive.read_bytes() + b"\0" * 10_240)
+    refused = await operations.execute(caller=await again(caller), request=parse(Submission, {"code": "1"}))
+    assert "the archive has another hash" in refused.detail
+    assert refused.error_code == "sandbox_refused"
