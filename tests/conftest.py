@@ -30,9 +30,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a server or a browser says so by the fixture that it asks for."""
+    """What needs a server, a browser or the database says so by what it asks for."""
     for item in items:
         asked = getattr(item, "fixturenames", ())
+        if item.get_closest_marker("django_db") or {"db", "transactional_db"} & set(asked):
+            item.add_marker("database")
         for fixture, marker in (("product", "product"), ("template_python", "runtime"), ("browser", "browser")):
             if fixture in asked:
                 item.add_marker(marker)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -64,7 +65,7 @@ def running(
     command: list[Any],
     *,
     ready: str,
-    stop: int = signal.SIGTERM,
+    stop: signal.Signals = signal.SIGTERM,
     seconds: float = 60,
     said: list[str] | None = None,
     **popen: Any,
@@ -103,15 +104,20 @@ def came(process: subprocess.Popen[str], ready: str, seconds: float, said: list[
     return bool(found)
 
 
-def end(process: subprocess.Popen[Any], stop: int = signal.SIGTERM, seconds: float = 10) -> int:
+def end(process: subprocess.Popen[Any], stop: signal.Signals = signal.SIGTERM, seconds: float = 10) -> int:
     """Ask it to stop, then insist; its exit code."""
+    late = False
     if process.poll() is None:
         process.send_signal(stop)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
+            late = True
             process.kill()
-    return process.wait()
+    code = process.wait()
+    if late:
+        warnings.warn(f"{process.args} was killed: it had not ended {seconds:g} s after {stop.name}", stacklevel=2)
+    return code
 
 
 def die_with_parent() -> None:
