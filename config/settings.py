@@ -188,6 +188,20 @@ if env.bool("SANDGATE_SCRIPTED", default=False):
 CODE_MAX_BYTES = 1_000_000
 FILE_MAX_BYTES = env.int("SANDGATE_FILE_MAX_BYTES", default=256 * 1024 * 1024)
 EXECUTION_TIMEOUT_MAX_SECONDS = env.int("SANDGATE_TIMEOUT_MAX_SECONDS", default=3600)
+# OAuth for MCP clients of people: nothing of it is there unless it is switched on.
+OAUTH = env.bool("SANDGATE_OAUTH", default=False)
+IDP_OIDC_DCR_ENABLED = env.bool("SANDGATE_OAUTH_REGISTRATION", default=False)
+if OAUTH:
+    if not HTTPS and _public_host not in ("127.0.0.1", "localhost", "[::1]"):
+        MISTAKES.append("SANDGATE_OAUTH: tokens need https: SANDGATE_PUBLIC_URL=https://… (or a loopback address).")
+    INSTALLED_APPS += ["allauth", "allauth.account", "allauth.idp.oidc"]
+    MIDDLEWARE += ["allauth.account.middleware.AccountMiddleware"]
+    IDP_OIDC_ADAPTER = "executions.mcp.authorization.Adapter"
+    IDP_OIDC_DCR_REQUIRES_INITIAL_ACCESS_TOKEN = False
+    IDP_OIDC_REFRESH_TOKEN_EXPIRES_IN = 30 * 24 * 3600
+    IDP_OIDC_RATE_LIMITS = {"client_registration": "20/m/ip"}
+    ACCOUNT_EMAIL_VERIFICATION = "none"
+
 MCP_ANSWER_SECONDS = 45.0  # a tool call has answered by then: clients give up at 60
 MCP_PROGRESS_SECONDS = 2.0  # between two words about progress, where the client asked for them
 HEARTBEAT_SECONDS = 5  # a runner that has not been heard of for three of these is dead

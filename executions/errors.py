@@ -97,7 +97,7 @@ class TooLarge(Invalid):
 
     code = "too_large"
     status = 413
-    remedy = "Put large data into a file (PUT /sessions/{id}/files) and read it from the code."
+    remedy = "Put large data into a file (write_file, or PUT /sessions/{id}/files) and read it from the code."
 
 
 class Unauthenticated(Refused):
@@ -207,7 +207,7 @@ class NoBackend(Refused):
     code = "no_backend"
     status = 503
     theirs = False
-    remedy = "Name another route, or ask the operator to look at GET /api/v1/backends."
+    remedy = "Nothing has run: try again in a minute, name another route, or ask the operator to look at GET /api/v1/backends."
 
 
 class RateUnknown(NoBackend):
@@ -329,3 +329,40 @@ class Unsupported(BackendError):
     status = 400
     theirs = True
     remedy = "Name a route whose backend has the capability; GET /api/v1/backends lists them."
+
+
+# The table of docs/errors.md: `python -m executions.errors` prints it.
+
+
+def kinds(kind: type[SandgateError] = SandgateError) -> list[type[SandgateError]]:
+    """Every class of this module's tree, each behind the one that it stems from."""
+    below = [sub for sub in kind.__subclasses__() if sub.__module__ == SandgateError.__module__]
+    return [kind, *(found for sub in below for found in kinds(sub))]
+
+
+def table() -> str:
+    """Code, whose fault, HTTP, MCP form, sentence and remedy of every error, as Markdown."""
+    rows: dict[str, SandgateError] = {}
+    for kind in kinds():
+        rows.setdefault(kind.code, kind())
+    missing = FileRefused("There is no such file in the sandbox.", missing=True)
+    rows[missing.code] = missing
+    lines = ["| Code | Fault | HTTP | MCP | Meaning | What to do |", "|---|---|---|---|---|---|"]
+    for code, e in rows.items():
+        fault = "yours" if e.theirs else "ours"
+        lines.append(f"| `{code}` | {fault} | {e.status} | {_over_mcp(e)} | {e.detail} | {e.remedy} |")
+    return "\n".join(lines)
+
+
+def _over_mcp(error: SandgateError) -> str:
+    if error.status in (401, 405):
+        return f"HTTP {error.status}, before any tool"
+    if isinstance(error, SandboxLost | RunTimedOut | CpuExceeded | ContextRestarted):
+        return "`isError`; the run with `error_code`"
+    return "`isError`; the problem"
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(table() + "\n")

@@ -95,6 +95,12 @@ def test_every_error_code_is_documented():
     assert {code for code in codes if f"`{code}`" not in pages} == set()
 
 
+def test_the_table_of_errors_is_the_generated_one():
+    from executions import errors
+
+    assert errors.table() in (HOME / "docs" / "errors.md").read_text(), "python -m executions.errors prints it"
+
+
 def test_every_command_is_documented():
     commands = {p.stem for p in (HOME / "executions/management/commands").glob("*.py") if p.stem != "__init__"}
 

@@ -122,12 +122,15 @@ async def events(request: HttpRequest, execution_id: str) -> StreamingHttpRespon
     return response
 
 
+HELD_EVENTS = 32  # for one watcher: two MiB of output at most, however slowly it reads
+
+
 async def _stream(execution: Execution, seen: int):
     quiet = 0.0
     async with journal.Doorbell(execution.pk) as bell:
         while True:
             open_before = execution.is_open
-            batch = await rows(journal.read, execution.pk, seen)
+            batch = await rows(journal.read, execution.pk, seen, HELD_EVENTS)
             for event in batch:
                 seen, quiet = event.seq, 0.0
                 yield f"id: {event.seq}\nevent: {event.kind}\ndata: {event_shape(event).model_dump_json()}\n\n"

@@ -58,7 +58,10 @@ def of(shape: BaseModel, text: str) -> Answer:
 
 def refusal(error: SandgateError, request_id: str) -> Answer:
     """An error that the model reads: code, why, what to do, what is left; the same members as REST's problem."""
-    return Answer(error.sentence(), error.problem() | {"request_id": request_id}, is_error=True)
+    said = error.sentence()
+    facts = [f"{name}: {error.facts[name]}" for name in ("field", "retry_after") if error.facts.get(name) is not None]
+    text = f"{said} [{' · '.join(facts)}]" if facts else said  # some models are shown nothing but the text
+    return Answer(text, error.problem() | {"request_id": request_id}, is_error=True)
 
 
 async def execution(shape: ExecutionShape, caller: Caller, *, waited: str = "") -> Answer:

@@ -19,6 +19,7 @@ from django.utils.datastructures import CaseInsensitiveMapping
 from executions import audit, keys
 from executions.errors import Forbidden, Invalid, SandgateError
 from executions.hop import rows
+from executions.mcp import oauth
 
 log = structlog.get_logger(__name__)
 CALLER = "sandgate.caller"  # where the ASGI scope carries it to the tools
@@ -96,7 +97,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
         except SandgateError as e:
             if audit.tells(e):
                 await rows(audit.denied, e)
-            return await _problem(e, request_id, labelled)
+            return await _problem(e, request_id, labelled, sent=bool(keys.bearer(headers)))
         except Exception:
             log.exception("mcp_door_failed")
             return await _problem(SandgateError("Something broke on our side."), request_id, labelled)
@@ -127,7 +128,11 @@ def _post_only() -> SandgateError:
 
 def _authenticated(headers: Any, ip: str | None, request_id: str) -> keys.Caller:
     """The caller with its agent settled; a key of a whole team names the agent in `Sandgate-Agent`."""
-    caller = keys.authenticate(keys.bearer(headers), door="mcp", ip=ip, request_id=request_id)
+    token = keys.bearer(headers)
+    if settings.OAUTH and token and not token.startswith(("sg_", "e2b_")):
+        caller = oauth.caller_of(token, ip=ip, request_id=request_id)
+    else:
+        caller = keys.authenticate(token, door="mcp", ip=ip, request_id=request_id)
     try:
         return caller.acting_as(headers.get("Sandgate-Agent"))
     except Invalid as e:
@@ -135,11 +140,11 @@ def _authenticated(headers: Any, ip: str | None, request_id: str) -> keys.Caller
         raise
 
 
-async def _problem(error: SandgateError, request_id: str, send: Any) -> None:
+async def _problem(error: SandgateError, request_id: str, send: Any, *, sent: bool = False) -> None:
     body = json.dumps(error.problem() | {"request_id": request_id}).encode()
     headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
     if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers.append((b"www-authenticate", oauth.challenge(sent=sent).encode()))
     if error.status == 405:
         headers.append((b"allow", b"POST"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -10,7 +10,7 @@ from django.conf import settings
 from pydantic import Field
 
 from executions import journal, operations
-from executions.errors import Refused
+from executions.errors import FileRefused, Refused, SandgateError
 from executions.hop import rows
 from executions.keys import Caller
 from executions.mcp import answers, sessions
@@ -98,7 +98,18 @@ async def run_script(call: Call, asked: RunScript) -> Answer:
     }
     request = parse(Submission, wanted)
     await sessions.keep_open(call.caller, asked.session_id, asked.timeout_seconds)
+    await _is_there(call, asked)
     return await _run(call, request, asked.idempotency_key)
+
+
+async def _is_there(call: Call, asked: RunScript) -> None:
+    """Raises FileRefused for a script that the sandbox does not have: no interpreter says it as well."""
+    try:
+        await operations.get_file(caller=call.caller, session_id=asked.session_id, path=asked.path)
+    except FileRefused:
+        raise
+    except SandgateError:  # whatever else is the matter, running it says so
+        return
 
 
 async def get_execution(call: Call, asked: GetExecution) -> Answer:

@@ -117,6 +117,12 @@ TOOLS = {
 }
 
 
+PROBLEM = {
+    "type": "object",
+    "description": "Why nothing came of it: the error's code, what happened, what to do.",
+    "properties": {name: {"type": "string"} for name in ("code", "detail", "remedy")} | {"status": {"type": "integer"}},
+    "required": ["code", "detail", "remedy", "status"],
+}
 WORDS = ("languages", "network", "packages", "timeout_max", "answer")  # what a description may say in braces
 
 
@@ -255,7 +261,9 @@ def _narrow(field: dict[str, Any], limit: dict[str, Any], default: Any) -> None:
 
 
 def output_schema(tool: Tool) -> dict[str, Any]:
-    return _bare(tool.shape.model_json_schema(mode="serialization"))
+    """The tool's shape, or a problem: some clients hold error results to it, too."""
+    shape = _bare(tool.shape.model_json_schema(mode="serialization"))
+    return {"type": "object", "anyOf": [shape, PROBLEM], "$defs": shape.pop("$defs", {})}
 
 
 def _bare(schema: Any) -> Any:

@@ -381,7 +381,11 @@ def find_session(caller: Caller, session_id: str) -> Sandbox:
     """A session of the caller's team, and of their agent when they have one. Another's is not found."""
     sandbox = next(iter(_session(session_id, caller.team.pk)), None)
     if sandbox is None or (caller.key is not None and caller.key.agent_id not in (None, sandbox.agent_id)):
-        raise NotFound(f"There is no session {session_id}.", field="session_id")
+        raise NotFound(
+            f"There is no session {session_id}.",
+            field="session_id",
+            remedy="Check the id, or leave session_id out to start fresh; another team's are not visible.",
+        )
     return sandbox
 
 

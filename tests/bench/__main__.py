@@ -1,6 +1,6 @@
 """`make bench`: what is measured side by side in one run, as a table in Markdown.
 
-    python -m tests.bench [node | plane | e2b]
+    python -m tests.bench [node | plane | e2b | mcp | crowd]
 
 Figures are comparable within one run only, so the ratios are what counts. In the part `plane` the server is pinned to the
 first core and the load to the second, where there are two.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import servers
-from tests.bench import double, peers
+from tests.bench import crowd, double, mcp, peers
 from tests.bench import node as at_node
 from tests.bench.load import Figures, drive, one, request
 from tests.bench.node import CELL, SMALL
@@ -130,6 +130,35 @@ def local_runtime(python: Path) -> None:
     times("a fresh sandbox, beside sandlock with the same imports", fresh.p50_ms, found["sandlock"]["new"].p50_ms)
 
 
+def agents(python: Path) -> None:
+    """Tool calls, the server on one core and the client on the other."""
+    with servers.folder() as data:
+        database = f"sqlite:///{data}/bench.sqlite3"
+        with server(data, database, python, pinned=True, SANDGATE_SCRIPTED="true") as (port, key):
+            allow_much(data, database)
+
+            async def go() -> None:
+                kept = {alias: await session(port, key, alias) for alias in ("local", "scripted")}
+                await mcp.figures(port, key, kept, SECONDS)
+
+            asyncio.run(go())
+
+
+def at_once() -> None:
+    """A crowd on one process of uvicorn."""
+    from tests.product import start
+
+    with servers.folder() as data:
+        database = f"sqlite:///{data}/bench.sqlite3"
+        more = {"DATABASE_URL": database, "SANDGATE_LOG_LEVEL": "WARNING", "SANDGATE_SCRIPTED": "true"}
+        product = start(data, servers.free_port(), None, **more)
+        try:
+            allow_much(data, database)
+            asyncio.run(crowd.figures(int(product.url.rsplit(":", 1)[1]), product.key, product.process.pid))
+        finally:
+            servers.end(product.process)
+
+
 def main() -> None:
     import django
 
@@ -145,6 +174,10 @@ def main() -> None:
         local_runtime(python)
     if part in ("all", "e2b"):
         double.main(python)
+    if part in ("all", "mcp"):
+        agents(python)
+    if part in ("all", "crowd"):
+        at_once()
     if part in ("all", "plane"):
         with servers.folder() as data:
             database = f"sqlite:///{data}/bench.sqlite3"

@@ -111,7 +111,9 @@ async def test_long_output_is_cut_in_the_middle_and_says_where_the_rest_is(key):
 
 async def test_a_script_that_lies_in_the_session_is_run(key):
     async with connected(key) as mcp:
-        session_id = (await mcp.call_tool("execute_code", {"code": "#= 1"})).structured_content["session_id"]
+        session_id = (
+            await mcp.call_tool("execute_code", {"code": "#= 1", "files": {"job.py": ""}})
+        ).structured_content["session_id"]
         result = await mcp.call_tool("run_script", {"path": "job.py", "session_id": session_id, "args": ["#> x y"]})
 
     assert result.structured_content["code"] == "python3 -u ./job.py '#> x y'"
