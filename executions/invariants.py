@@ -19,7 +19,7 @@ from django.db import connection, transaction
 from django.db.models import Model, Q, QuerySet, Sum
 from django.utils import timezone
 
-from executions import audit, store
+from executions import audit, ledger, store
 from executions.models import Artifact, Attempt, Claim, CostTotal, Execution, LedgerEntry, Quota, Sandbox, Usage
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Unit, Window
 
@@ -102,8 +102,13 @@ def reservations() -> Iterator[Wrong]:
             yield Wrong("quota", str(quota.pk), f"{_nano(expected)} reserved", _nano(quota.reserved))
 
 
+def books() -> Iterator[Wrong]:
+    for sandbox_id, should, holds in ledger.unbalanced():
+        yield Wrong("sandbox", sandbox_id, f"{_nano(should)} held in the ledger", _nano(holds))
+
+
 def used() -> Iterator[Wrong]:
-    for quota in Quota.objects.order_by("pk"):
+    for quota in Quota.objects.filter(each="").order_by("pk"):  # the rows of each one count, not that which they follow
         least, most = _used(quota)
         if not least <= quota.used <= most:
             amount = f"{least:,}" if least == most else f"between {least:,} and {most:,}"
@@ -306,6 +311,7 @@ def _contradictions(model: str, statement: str, expected: str, values: list[Any]
 
 OF_ROWS: tuple[tuple[str, str, Callable[[], Iterator[Wrong]]], ...] = (
     ("reservations", "Every budget has set aside what open sandboxes and unsettled claims hold.", reservations),
+    ("books", "Every sandbox holds by the ledger what its row says, against each budget.", books),
     ("used", "Every quota has used what the ledger, the usage and the rows say.", used),
     ("spent", "Every sandbox and execution has cost what its usage sums to.", spent),
     ("totals", "The totals of the cost reports sum to the usage that they count.", totals),

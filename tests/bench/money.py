@@ -76,8 +76,9 @@ def races_for_a_dollar(rounds: int, double: Double, data: Path, database: str, s
             assert charged <= BUDGET_NANO_USD, f"the double charged ${charged / 1e9:.6f}"
             assert charged <= booked <= BUDGET_NANO_USD, f"charged ${charged / 1e9:.6f}, booked ${booked / 1e9:.6f}"
             assert (wrong := _first_wrong()) is None, wrong
+            print(f"{_engine(database)}: ${charged / 1e9:.4f} charged, ${booked / 1e9:.4f} booked", flush=True)
     except AssertionError:
-        print("".join(product.screen[-40:]), file=sys.stderr)
+        print("".join(product.screen[-40:]), *_what_is_open(), sep="\n", file=sys.stderr)
         raise
     finally:
         servers.end(product.process)
@@ -170,6 +171,19 @@ def _aside(budget: int) -> int:
     from executions.models import Quota
 
     return Quota.objects.values_list("reserved", flat=True).get(pk=budget)
+
+
+def _what_is_open() -> list[str]:
+    from executions.models import Sandbox
+
+    return [
+        f"{s.pk} {s.state} {s.end_reason} until {s.leased_until}, {s.reserved_nano_usd} held"
+        for s in Sandbox.objects.open()
+    ]
+
+
+def _engine(database: str) -> str:
+    return "PostgreSQL" if database.startswith("postgresql") else "SQLite"
 
 
 def _first_wrong() -> Any:
@@ -282,7 +296,7 @@ def racers(agent_id: str, count: int) -> None:
 
 def on_one_engine(database: str, data: Path, rounds: int, races: int) -> None:
     """Runs with Django set up on that database; tells its figures line by line."""
-    name = "PostgreSQL" if database.startswith("postgresql") else "SQLite"
+    name = _engine(database)
     with running_double("--template", DEAR) as double:
         told = races_for_a_dollar(rounds, double, data, database)
     charged = sorted(r.charged_nano_usd for r in told)

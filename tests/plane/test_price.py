@@ -5,17 +5,19 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from django.db import connection
+import time_machine
+from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from executions import ledger, operations
+from executions import checks, ledger, operations, pool
 from executions.costs import NANO
 from executions.errors import BudgetExhausted, Invalid, NoBackend, RateUnknown
 from executions.hop import rows
-from executions.models import Execution, LedgerEntry, Quota, Rate, Refusal, Sandbox, Usage
+from executions.models import Claim, Execution, LedgerEntry, Pool, Quota, Rate, Refusal, Sandbox, Usage
 from executions.operations.boot import spec_of
 from executions.operations.reap import begin_retiring, gone
+from executions.operations.replenish import settle_claims
 from executions.operations.submit import begin, next_attempt
 from executions.serializers import SessionRequest, parse
 from executions.states import Unit, WhenExhausted, Window
@@ -279,3 +281,37 @@ def test_pricing_asks_the_database_a_constant_number_of_questions(caller, rated)
         quote(caller)
 
     assert len(asked) < 20
+
+
+def test_what_a_warm_sandbox_costs_beyond_its_lease_is_paid_by_its_pool(caller, rated, seeded):
+    began = timezone.now()
+    warm = Pool.objects.create(backend="first", template=seeded, lifetime_seconds=600)
+    digest, at = pool.made_of(warm, seeded), {"tick": False}
+    with time_machine.travel(began, **at):
+        born = {"seconds": 600, "pool": warm, "made_of": digest}
+        sandbox = pool.intend(pool.account(warm), alias="first", template=seeded, **born)
+        sandbox.advance("idle", handle={"sandbox_id": sandbox.provider_name}, ready_at=began, isolation="simulated")
+    with time_machine.travel(began + timedelta(seconds=10), **at), transaction.atomic():
+        leased = pool.claim(caller, alias="first", template=seeded, seconds=60)
+        assert leased.pk == sandbox.pk
+
+    with time_machine.travel(began + timedelta(seconds=300), **at):  # its kill was not confirmed for so long
+        begin_retiring(leased, "finished")
+        gone(leased)
+        settle_claims()
+
+    mine, its = Sandbox.objects.get(), Claim.objects.get()
+    assert mine.spent_nano_usd == 90 * RATE
+    assert its.spent_nano_usd == (10 + 300 - 100) * RATE
+    assert list(ledger.unbalanced()) == []
+
+
+def test_a_ceiling_below_zero_is_a_mistake_and_backends_without_rates_are_named(rated, settings):
+    assert checks.ceiling(None) == []
+    assert checks.rates(None) == []
+    assert [w.msg.split("'")[1] for w in checks.rates(None, databases=["default"])] == ["second", "third"]
+
+    settings.RATE_CEILING_NANO_USD_PER_SECOND = -1
+    assert [e.id for e in checks.ceiling(None)] == ["executions.E008"]
+    settings.RATE_CEILING_NANO_USD_PER_SECOND = 0
+    assert "rate_unknown" in checks.rates(None, databases=["default"])[0].msg

@@ -22,6 +22,7 @@ from executions.models import (
     Claim,
     CostTotal,
     Execution,
+    LedgerEntry,
     MetricTotal,
     Pool,
     Quota,
@@ -121,6 +122,12 @@ def a_claim_that_was_forgotten():
     held = Claim.objects.get(spent_nano_usd=None)
     change(held, spent_nano_usd=0)
     return str(Quota.objects.filter(pk__in=held.reserved_on).order_by("pk").first().pk)
+
+
+def a_movement_that_is_gone():
+    entry = of(LedgerEntry)
+    LedgerEntry.objects.filter(pk=entry.pk).delete()
+    return entry.sandbox_id
 
 
 def money_that_was_not_booked():
@@ -247,6 +254,7 @@ def _artifact(content: bytes) -> Artifact:
 WRONG = [
     ("reservations", a_reservation_too_much),
     ("reservations", a_claim_that_was_forgotten),
+    ("books", a_movement_that_is_gone),
     ("used", money_that_was_not_booked),
     ("used", money_that_nobody_spent_today),
     ("used", one_more_run),
