@@ -7,6 +7,7 @@ from collections import Counter
 from datetime import date, datetime, timedelta
 from typing import Any
 
+from asgiref.sync import async_to_sync
 from django import forms
 from django.conf import settings
 from django.contrib import admin, messages
@@ -18,13 +19,13 @@ from django.urls import reverse
 from django.utils import timezone
 from unfold.widgets import UnfoldAdminFileFieldWidget, UnfoldAdminSelectWidget, UnfoldAdminTextInputWidget
 
-from executions import audit
+from executions import audit, backends
 from executions.admin import charts, show
 from executions.admin.base import caller_of
 from executions.costs import usd
-from executions.errors import Invalid
+from executions.errors import BackendError, Invalid
 from executions.models import Agent, ProviderCharge, Rate, Team
-from executions.reports import bills, exports, spend, totals
+from executions.reports import bills, exports, listing, spend, totals
 
 DAYS = 30
 SERIES = 4  # of the chart; the rest is one more
@@ -267,6 +268,7 @@ def reconciliation(request: HttpRequest, model_admin: Any) -> HttpResponse:
     first = last - timedelta(days=90)
     compared = bills.reconcile(alias, first, last)
     both = [day for day in compared if day.theirs_nano_usd is not None]
+    listed = _listed(request, alias) if request.GET.get("listed") and alias in settings.SANDBOXES else None
     context = {
         **admin.site.each_context(request),
         "title": "Bills and ledger",
@@ -279,7 +281,20 @@ def reconciliation(request: HttpRequest, model_admin: Any) -> HttpResponse:
         "theirs": sum(day.theirs_nano_usd or 0 for day in both),
         "difference": sum(day.difference_nano_usd or 0 for day in both),
         "both": len(both),
+        "may_list": alias in settings.SANDBOXES,
+        "listed": listed,
         "strangers": bills.strangers(alias, first, last)[:TOP],
         "back": reverse("admin:executions_usage_costs"),
     }
     return TemplateResponse(request, "admin/bills.html", context)
+
+
+def _listed(request: HttpRequest, alias: str) -> listing.Listing | None:
+    """What the backend has now beside what is open here; None, and a message, where it does not say."""
+    asked_at = timezone.now()
+    try:
+        found = async_to_sync(backends.get(alias).list)()
+    except (BackendError, OSError, TimeoutError) as e:
+        messages.error(request, f"{alias} does not say what it has: {e}")
+        return None
+    return listing.compare(alias, found, asked_at)

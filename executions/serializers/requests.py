@@ -111,6 +111,7 @@ class Submission(Accepted):
     )
     dry_run: bool = Field(
         False,
+        strict=True,
         description="Answer what it would cost at most, and whether it would be admitted (200); nothing is stored.",
     )
 

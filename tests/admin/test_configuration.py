@@ -137,12 +137,33 @@ def test_a_budget_is_typed_in_dollars(office, team):
         ({"unit": "executions", "window": "day", "limit": "1.5"}, "limit"),
         ({"unit": "concurrent_executions", "window": "day", "limit": "4"}, "window"),
         ({"unit": "nano_usd", "window": "day", "limit": "-1"}, "limit"),
+        ({"unit": "bytes_stored", "window": "total", "limit": "1", "each": "user"}, "user"),
+        ({"unit": "executions", "window": "day", "limit": "1", "each": "user", "user": "ann"}, "user"),
     ],
 )
 def test_a_quota_that_means_nothing_is_an_error_of_that_field(office, team, typed, field):
     answer = office.post(reverse("admin:executions_quota_add"), {"team": team.pk, **typed})
 
     assert list(errors(answer)) == [field]
+
+
+def test_a_quota_of_each_agent_is_made_and_says_so(office, team):
+    typed = {"team": team.pk, "unit": "executions", "window": "day", "limit": "5", "each": "agent"}
+    assert office.post(reverse("admin:executions_quota_add"), typed).status_code == 302
+
+    assert "each agent" in Quota.objects.get().scope_name
+    assert "each agent" in office.get(reverse("admin:executions_quota_changelist")).content.decode()
+
+
+def test_a_raise_says_why(office, team):
+    quota = Quota.objects.create(team=team, unit="executions", window="day", limit=5)
+    typed = {"limit": "5", "raised_by": "2", "raised_until_0": "2030-01-01", "raised_until_1": "12:00:00"}
+    page = reverse("admin:executions_quota_change", args=[quota.pk])
+
+    assert list(errors(office.post(page, typed))) == ["raised_why"]
+    assert office.post(page, {**typed, "raised_why": "the demo"}).status_code == 302
+    quota.refresh_from_db()
+    assert (quota.raised_by, quota.raised_why) == (2, "the demo")
 
 
 def test_a_quota_has_one_owner(office, agent):

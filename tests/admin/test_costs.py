@@ -158,6 +158,22 @@ def test_a_bill_is_compared_with_the_ledger_day_by_day(office, agent, template):
     assert AuditEvent.objects.filter(action="bill_imported", subject="e2b").count() == 2
 
 
+def test_what_a_provider_has_now_is_asked_for_on_demand_and_compared(office, agent, template, settings, monkeypatch):
+    from executions.backends.base import Listed
+    from executions.backends.scripted import ScriptedBackend
+
+    async def listed(self):
+        return [Listed("", {"e2b_id": "other9"})]
+
+    settings.SANDBOXES = {"e2b": {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}}
+    monkeypatch.setattr(ScriptedBackend, "list", listed)
+    asked = office.get(reverse(BILLS), {"backend": "e2b", "listed": "1"})
+
+    assert [(one.sandbox, one.is_listed) for one in asked.context["listed"].odd] == [("other9", True)]
+    assert "there, not open here" in asked.content.decode()
+    assert office.get(reverse(BILLS), {"backend": "e2b"}).context["listed"] is None
+
+
 def test_the_meter_of_the_double_is_a_bill_too(office, agent, template):
     midnight = timezone.now().replace(hour=0, minute=0, second=0, microsecond=0)
     one = {"sandboxID": "a", "began": (midnight - timedelta(seconds=30)).isoformat(), "nano_usd": 300}

@@ -35,7 +35,10 @@ async def test_a_dry_run_is_answered_200_with_its_price_and_leaves_nothing_behin
     assert not await Sandbox.objects.aexists()
 
 
-@pytest.mark.parametrize("body", [{"code": "", "dry_run": True}, {"code": "1", "dry_run": True, "route": ["mars"]}])
+@pytest.mark.parametrize(
+    "body",
+    [{"code": "", "dry_run": True}, {"code": "1", "dry_run": True, "route": ["mars"]}, {"code": "1", "dry_run": "no"}],
+)
 async def test_what_is_not_valid_has_no_price(call, body):
     assert (await call("POST", RUN, body)).status_code == 400
 
