@@ -1,8 +1,8 @@
 # make run    Sandgate on http://127.0.0.1:8000, from nothing
 # make test   all tests, on SQLite and on PostgreSQL
-# make lint   style, types, layers, migrations
+# make lint   style, types, layers, migrations, the committed OpenAPI document
 # make bench  measurements of this machine
-# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds
+# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds; 10,000 calls whose connections are cut
 # make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
@@ -32,6 +32,7 @@ lint: tools
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-cache
 	$(PY) manage.py makemigrations --check --dry-run
+	$(PY) manage.py openapi --check
 
 bench: tools
 	$(PY) -m tests.bench $(ARGS)
@@ -41,6 +42,7 @@ soak: tools
 	$(PY) -m tests.bench.soak
 	$(PY) -m tests.bench.reconcile
 	$(PY) -m tests.bench.money
+	$(PY) -m tests.bench.retries
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt

@@ -15,6 +15,7 @@ from channels.routing import ProtocolTypeRouter, URLRouter
 from channels.security.websocket import AllowedHostsOriginValidator
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
 
+from executions.api import uploads
 from executions.gateway import data as e2b
 from executions.mcp import door as mcp  # the SDK itself is imported at the first request
 from executions.urls import websocket_urlpatterns
@@ -30,6 +31,8 @@ async def http(scope, receive, send):
         return await mcp.application(scope, receive, send)
     if e2b.is_for(scope):
         return await e2b.data(scope, receive, send)
+    if uploads.is_for(scope):
+        return await uploads.upload(scope, receive, send)
     if path.startswith("/static/"):
         return await pages(scope, receive, send)
     return await django(scope, receive, send)

@@ -20,6 +20,8 @@ from django.middleware.csrf import CsrfViewMiddleware
 from django.middleware.security import SecurityMiddleware
 from django.utils.decorators import sync_and_async_middleware
 
+from executions import traces
+
 
 def new_request_id() -> str:
     return "req_" + secrets.token_hex(10)
@@ -50,6 +52,8 @@ def request_id(get_response):
 
 def labelled(response, request):
     response.headers["Request-Id"] = request.id
+    if trace := traces.continued(request.headers.get("traceparent")):
+        response.headers["traceparent"] = trace
     if not response.streaming and "Content-Length" not in response.headers:
         response.headers["Content-Length"] = str(len(response.content))
     return response

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.conf import settings
 from django.utils import timezone
 
+from executions import backends
 from executions.models import BackendState, Sandbox
 from executions.states import SandboxState
 
@@ -26,7 +26,7 @@ def room(alias: str) -> str:
     Call it in the transaction that inserts the sandbox: until it ends nobody else is let in here, and a rollback gives
     the creation back.
     """
-    options = settings.SANDBOXES[alias].get("OPTIONS", {})
+    options = backends.configuration(alias).get("OPTIONS", {})
     pace, most = options.get("CREATIONS_PER_SECOND") or 0, options.get("CONCURRENCY") or 0
     if not pace and not most:
         return ""

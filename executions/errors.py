@@ -3,7 +3,8 @@
 SandgateError
 ├── Refused                     admission said no; nothing ran, nothing is owed
 │   ├── Invalid                 400  the request itself
-│   │   └── TooLarge            413
+│   │   ├── TooLarge            413
+│   │   └── MethodNotAllowed    405
 │   ├── Unauthenticated         401
 │   ├── BudgetExhausted         402
 │   ├── Forbidden               403  scope, policy, floor
@@ -98,6 +99,14 @@ class TooLarge(Invalid):
     code = "too_large"
     status = 413
     remedy = "Put large data into a file (write_file, or PUT /sessions/{id}/files) and read it from the code."
+
+
+class MethodNotAllowed(Invalid):
+    """This address does not have that method."""
+
+    code = "method_not_allowed"
+    status = 405
+    remedy = "Use a method that the header Allow names; /api/docs lists them all."
 
 
 class Unauthenticated(Refused):

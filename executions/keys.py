@@ -94,9 +94,16 @@ def _checksum(body: str) -> str:
 
 def make_key(*, team: Team, name: str, agent: Agent | None = None, **fields) -> tuple[ApiKey, str]:
     """A new key and its token, which is never shown again."""
+    key = ApiKey(team=team, agent=agent, name=name, **fields)
+    return key, store_key(key)
+
+
+def store_key(key: ApiKey) -> str:
+    """Give it a secret and insert it; the token, which is never shown again."""
     public, secret = secrets.token_hex(8), secrets.token_hex(32)
-    key = ApiKey.objects.create(team=team, agent=agent, name=name, public=public, digest=digest_of(secret), **fields)
-    return key, f"sg_{public}{secret}{_checksum(public + secret)}"
+    key.public, key.digest = public, digest_of(secret)
+    key.save(force_insert=True)
+    return f"sg_{public}{secret}{_checksum(public + secret)}"
 
 
 def authenticate(

@@ -73,6 +73,15 @@ def lies_in(address: str | None, networks: Iterable[str]) -> bool:
     return any(found in ip_network(network) for network in networks)
 
 
+def within(inner: list[str], outer: list[str]) -> bool:
+    """Whether each of these networks lies in one of those; no networks at all are every address."""
+    wide = [ip_network(text) for text in outer]
+    return bool(inner) and all(
+        any(one.version == there.version and one.subnet_of(there) for there in wide)  # type: ignore[arg-type]
+        for one in map(ip_network, inner)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One thing that may be reached: `name` ("*" is any, "*.example.org" all below) or `network`, on `ports`."""

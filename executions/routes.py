@@ -118,7 +118,7 @@ def _default() -> list[str]:
 
 
 def _unfit(alias: str, agent: Agent, language: str, commands: bool, template: Template | None, run_limits: bool) -> str:
-    if alias not in settings.SANDBOXES:
+    if not backends.is_known(alias):
         return "is not configured"
     backend = backends.get(alias)
     if language not in backend.capabilities.languages:

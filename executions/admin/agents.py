@@ -213,7 +213,7 @@ class KeyPage(ConfigurationPage):
         return False
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
-        own = (None, {"fields": ["name", "team", "agent", "scopes", "backend", "expires_at"]})
+        own = (None, {"fields": ["name", "team", "agent", "scopes", "backend", "allow_from", "expires_at"]})
         return [own, ("Now", {"fields": ["public_part", "badge", "created_by", "created_at"]})] if obj else [own]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
@@ -231,9 +231,8 @@ class KeyPage(ConfigurationPage):
     def save_model(self, request: HttpRequest, obj: ApiKey, form: Any, change: bool) -> None:
         if change:
             return super().save_model(request, obj, form, change)
-        chosen = {
-            name: form.cleaned_data[name] for name in ("team", "agent", "name", "scopes", "backend", "expires_at")
-        }
+        fields = ("team", "agent", "name", "scopes", "backend", "allow_from", "expires_at")
+        chosen = {name: form.cleaned_data[name] for name in fields}
         made, token = keys.make_key(**chosen, created_by=request.user)
         obj.__dict__.update(made.__dict__)
         request.token = token  # type: ignore[attr-defined]

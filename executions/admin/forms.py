@@ -16,7 +16,7 @@ from unfold.widgets import (
     UnfoldAdminTextInputWidget,
 )
 
-from executions import backends, costs, operations, packages
+from executions import backends, costs, network, operations, packages
 from executions.errors import Invalid
 from executions.mcp import mapping
 from executions.models import Agent, ApiKey, Quota, Rate, Team, Template
@@ -314,6 +314,10 @@ class KeyForm(forms.ModelForm):
         widget=UnfoldAdminSelectWidget,
         help_text="Bound to one backend: scripted makes a test key that costs nothing.",
     )
+    allow_from = Names(
+        label="Networks",
+        help_text="Addresses that it may be sent from, with commas: 10.0.0.0/8, 192.0.2.7. Empty: any.",
+    )
 
     class Meta:
         model = ApiKey
@@ -324,6 +328,10 @@ class KeyForm(forms.ModelForm):
         team, agent = data.get("team"), data.get("agent")
         if team and agent and agent.team_id != team.pk:
             self.add_error("agent", f"{agent} is an agent of {agent.team}, not of {team}.")
+        try:
+            data["allow_from"] = network.cidrs(data.get("allow_from") or [])
+        except ValueError as problem:
+            self.add_error("allow_from", str(problem))
         return data
 
 

@@ -9,14 +9,13 @@ from django.http.response import HttpResponseBase
 
 from executions import operations
 from executions.api.auth import caller_of
-from executions.api.problems import answers
+from executions.api.operation import BYTES, operation
 from executions.downloads import served
-from executions.errors import Invalid
 from executions.hop import rows
 from executions.serializers import ArtifactList, artifact_shape
 
 
-@answers
+@operation("Files kept of an execution", gives={200: ArtifactList})
 async def of_execution(request: HttpRequest, execution_id: str) -> HttpResponse:
     def find() -> ArtifactList:
         caller = caller_of(request)
@@ -27,7 +26,7 @@ async def of_execution(request: HttpRequest, execution_id: str) -> HttpResponse:
     return await _listed(request, find)
 
 
-@answers
+@operation("Files kept of a session", gives={200: ArtifactList})
 async def of_session(request: HttpRequest, session_id: str) -> HttpResponse:
     """Those of its runs, too. `kept` says what became of its files when it ended."""
 
@@ -41,14 +40,15 @@ async def of_session(request: HttpRequest, session_id: str) -> HttpResponse:
 
 
 async def _listed(request: HttpRequest, find) -> HttpResponse:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     return HttpResponse((await rows(find)).model_dump_json(), content_type="application/json")
 
 
-@answers
+@operation(
+    "A kept file, whole or in part",
+    gives={200: BYTES, 206: BYTES, 304: None},
+    headers={"Range": "bytes=…: a part of it.", "If-None-Match": "Its ETag, which is its SHA-256."},
+    fails=(410, 416),
+)
 async def content(request: HttpRequest, artifact_id: str) -> HttpResponseBase:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     artifact = await rows(lambda: operations.find_artifact(caller_of(request), artifact_id))
     return served(artifact, request, partial(operations.artifact_pieces, artifact.sha256))

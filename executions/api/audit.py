@@ -8,7 +8,7 @@ from typing import Any
 from django.http import HttpRequest, HttpResponse
 
 from executions.api.auth import caller_of
-from executions.api.problems import answers
+from executions.api.operation import Many, operation
 from executions.errors import Invalid
 from executions.hop import rows
 from executions.models import AuditEvent
@@ -18,15 +18,18 @@ MOST = 200
 KNOWN = {"action", "actor", "before_seq", "subject"}
 
 
-@answers
+@operation(
+    "What people and programs did",
+    gives={200: Many()},
+    query={name: {"type": "string"} for name in sorted(KNOWN - {"before_seq"})}
+    | {"before_seq": {"type": "integer", "minimum": 0}},
+)
 async def events(request: HttpRequest) -> HttpResponse:
     """Up to 200 events of the key's team, the newest first; `before_seq` reads on. Needs the scope manage."""
     return await rows(_events, request)
 
 
 def _events(request: HttpRequest) -> HttpResponse:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     caller = caller_of(request)
     caller.needs(Scope.MANAGE)
     if unknown := sorted(request.GET.keys() - KNOWN):

@@ -6,7 +6,7 @@ from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 
-from executions import keys
+from executions import keys, traces
 from executions.states import Scope
 
 
@@ -17,6 +17,7 @@ def caller_of(request, door: str = "rest") -> keys.Caller:
         door=door,
         ip=request.META.get("REMOTE_ADDR") or None,
         request_id=getattr(request, "id", ""),
+        trace_id=traces.trace_of(request.headers.get("traceparent")),
     )
 
 

@@ -11,7 +11,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from executions.api.auth import caller_of
-from executions.api.problems import answers
+from executions.api.operation import operation
 from executions.errors import Invalid, NotFound
 from executions.hop import rows
 from executions.keys import Caller
@@ -22,17 +22,26 @@ from executions.states import Scope
 DAYS = 30
 GROUPS = ("day", "hour", "agent", "backend", "kind", "language", "user", "workflow", *spend.ONE_BY_ONE)
 KNOWN = {"group_by", "from", "to", "format", "agent", "backend"}
+DAY = {"type": "string", "format": "date", "description": "By the team's clock."}
+QUERY: dict[str, dict[str, Any]] = {
+    "group_by": {"type": "string", "default": "day", "description": f"Up to 4 of {', '.join(GROUPS)}."},
+    "from": DAY,
+    "to": DAY,
+    "format": {"type": "string", "enum": ["json", "csv", "focus"]},
+    "agent": {"type": "string"},
+    "backend": {"type": "string"},
+}
 MOST_GROUPS = 4
 BATCHES = 2  # of usage rows that an answer may still add up itself
 
 
-@answers
+@operation("Money, told apart", gives={200: dict}, query=QUERY)
 async def costs(request: HttpRequest) -> HttpResponse:
     """GET /costs: money, split into run, boot, idle and pool; what has no known price is told apart."""
     return await rows(_answer, request, _cost)
 
 
-@answers
+@operation("Seconds of sandboxes, told apart", gives={200: dict}, query=QUERY)
 async def usage(request: HttpRequest) -> HttpResponse:
     """GET /usage: seconds, vCPU-seconds and GiB-seconds of sandboxes, the same way told apart."""
     return await rows(_answer, request, _use)
@@ -55,8 +64,6 @@ def _use(line: spend.Line, groups: list[str]) -> dict[str, Any]:
 
 
 def _answer(request: HttpRequest, told: Any) -> HttpResponse:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     caller = caller_of(request)
     caller.needs(Scope.READ)
     if unknown := sorted(request.GET.keys() - KNOWN):

@@ -6,16 +6,12 @@ import asyncio
 import json
 import re
 
-import django_filters
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
-from drf_spectacular.utils import OpenApiResponse, extend_schema
-from rest_framework.generics import ListAPIView
 
 from executions import journal, operations
 from executions.api.auth import caller_of
 from executions.api.limits import tells_limits
-from executions.api.pages import shaped
-from executions.api.problems import answers
+from executions.api.operation import operation
 from executions.errors import Invalid
 from executions.hop import rows
 from executions.keys import Caller
@@ -23,6 +19,7 @@ from executions.models import Execution
 from executions.serializers import (
     CancelRequest,
     ExecutionShape,
+    QuoteShape,
     Submission,
     event_shape,
     execution_head,
@@ -58,17 +55,16 @@ def preferred_wait(request: HttpRequest) -> float | None:
     return float(found[1]) if found else None
 
 
-async def collection(request: HttpRequest) -> HttpResponse:
-    """POST is an async view, because it waits; GET is an ordinary list."""
-    if request.method == "POST":
-        return await create(request)
-    return await rows(ExecutionList.as_view(), request)
+WAITS = {"Prefer": "respond-async: answer at once; wait=N: after at most N seconds. Left out: at its end."}
 
 
-collection.csrf_exempt = True  # type: ignore[attr-defined]
-
-
-@answers
+@operation(
+    "Run code",
+    body=Submission,
+    gives={200: QuoteShape, 201: ExecutionShape, 202: ExecutionShape},
+    headers=WAITS,
+    fails=(402, 409, 410, 413, 422, 502, 503),
+)
 @tells_limits
 async def create(request: HttpRequest) -> HttpResponse:
     body = body_of(request)
@@ -88,32 +84,33 @@ async def create(request: HttpRequest) -> HttpResponse:
     return response
 
 
-@answers
+@operation("Look at an execution", gives={200: ExecutionShape})
 async def detail(request: HttpRequest, execution_id: str) -> HttpResponse:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     return answer(await rows(lambda: execution_shape(operations.find_execution(caller_of(request), execution_id))))
 
 
-@answers
+@operation("Cancel an execution", body=CancelRequest, gives={202: ExecutionShape})
 async def cancel(request: HttpRequest, execution_id: str) -> HttpResponse:
     def find() -> tuple[Caller, Execution, CancelRequest]:
         caller = caller_of(request)
         caller.needs(Scope.RUN)
         return caller, operations.find_execution(caller, execution_id), parse(CancelRequest, body_of(request))
 
-    if request.method != "POST":
-        raise Invalid("POST only.", field="method")
     caller, execution, asked = await rows(find)
     await operations.cancel(execution=execution, caller=caller, reason=asked.reason)
     return answer(await rows(lambda: execution_shape(operations.find_execution(caller, execution_id))), 202)
 
 
-@answers
+@operation(
+    "Follow an execution",
+    gives={200: "text/event-stream"},
+    query={"after_seq": {"type": "integer", "minimum": 0, "maximum": 999_999_999}},
+    headers={"Last-Event-ID": "As after_seq."},
+)
 async def events(request: HttpRequest, execution_id: str) -> StreamingHttpResponse:
     """Server-sent events: the journal from `after_seq` (or Last-Event-ID) on, live until the end."""
     after = request.headers.get("Last-Event-ID") or request.GET.get("after_seq") or "0"
-    if not after.isdigit() or len(after) > 9:
+    if not (after.isascii() and after.isdigit()) or len(after) > 9:
         raise Invalid("after_seq: a whole number.", field="after_seq")
     execution = await rows(lambda: operations.find_execution(caller_of(request), execution_id))
     response = StreamingHttpResponse(_stream(execution, int(after)), content_type="text/event-stream")
@@ -151,29 +148,3 @@ async def _stream(execution: Execution, seen: int):
 
 def _head(execution_id: str) -> ExecutionShape:
     return execution_head(Execution.objects.select_related("agent", "sandbox", "actor").get(pk=execution_id))
-
-
-class ExecutionFilter(django_filters.FilterSet):
-    q = django_filters.CharFilter(field_name="code", lookup_expr="icontains", label="text in the code")
-    agent = django_filters.CharFilter(field_name="agent__name")
-    session = django_filters.CharFilter(field_name="sandbox_id")
-    created_after = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
-    created_before = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="lt")
-
-    class Meta:
-        model = Execution
-        fields = ["state", "user", "workflow", "language", "backend"]
-
-
-@extend_schema(responses={200: OpenApiResponse(ExecutionShape)}, summary="List executions, newest first")
-class ExecutionList(ListAPIView):
-    serializer_class = shaped(execution_head)
-    filterset_class = ExecutionFilter
-    queryset = Execution.objects.none()
-
-    def get_queryset(self):
-        caller: Caller = self.request.auth  # type: ignore[assignment]
-        found = Execution.objects.filter(team=caller.team).select_related("agent", "sandbox", "actor")
-        if caller.key is not None and caller.key.agent_id:
-            found = found.filter(agent=caller.key.agent_id)
-        return found

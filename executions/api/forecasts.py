@@ -14,8 +14,8 @@ from django.utils import timezone
 
 from executions import backends
 from executions.api.auth import caller_of
-from executions.api.costs import BATCHES, agent_of, day_of, period_of
-from executions.api.problems import answers
+from executions.api.costs import BATCHES, QUERY, agent_of, day_of, period_of
+from executions.api.operation import operation
 from executions.costs import NANO
 from executions.errors import Invalid
 from executions.hop import rows
@@ -26,19 +26,28 @@ from executions.states import Scope
 BILL_DAYS = 90
 
 
-@answers
+@operation("What this month will come to", gives={200: dict}, query={name: QUERY[name] for name in ("agent", "backend")})
 async def forecast(request: HttpRequest) -> HttpResponse:
     """GET /costs/forecast: this month, if each coming day costs what the same weekday cost in the last seven."""
     return await rows(_forecast, request)
 
 
-@answers
+@operation(
+    "The same time at other backends and plans",
+    gives={200: dict},
+    query={name: QUERY[name] for name in ("from", "to", "agent", "backend")},
+)
 async def what_if(request: HttpRequest) -> HttpResponse:
     """GET /costs/what-if: the period's sandbox time at the present prices of each backend and published plan."""
     return await rows(_what_if, request)
 
 
-@answers
+@operation(
+    "The provider's bill, and what it lists now, beside the ledger",
+    gives={200: dict},
+    query={name: QUERY[name] for name in ("from", "to", "backend")}
+    | {"listed": {"type": "string", "description": "1: also ask the backend what it has now."}},
+)
 async def bill(request: HttpRequest) -> HttpResponse:
     """GET /costs/bills: the provider's bill beside the ledger, day by day; with `listed=1` also what it lists now."""
     caller, alias, told = await rows(_bill, request)
@@ -130,8 +139,6 @@ def _listing(found: listing.Listing) -> dict[str, Any]:
 
 
 def _reader(request: HttpRequest, known: set[str]) -> Caller:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
     caller = caller_of(request)
     caller.needs(Scope.READ)
     if unknown := sorted(request.GET.keys() - known):

@@ -9,10 +9,11 @@ from typing import Any
 
 from django.core.exceptions import RequestDataTooBig
 from django.http import Http404, HttpResponse
-from rest_framework.exceptions import APIException, MethodNotAllowed, ParseError, ValidationError
+from rest_framework import exceptions
+from rest_framework.exceptions import APIException, ParseError, ValidationError
 
 from executions import audit
-from executions.errors import Forbidden, Invalid, NotFound, SandgateError, TooLarge, Unauthenticated
+from executions.errors import Forbidden, Invalid, MethodNotAllowed, NotFound, SandgateError, TooLarge, Unauthenticated
 from executions.hop import rows
 
 RETRY_SECONDS = 60  # where nothing is known that ends by itself: an operator may have acted by then
@@ -62,10 +63,8 @@ def translated(error: Exception) -> SandgateError:
             return Invalid("The body is not valid JSON.", field="body")
         case ValidationError():
             return Invalid(str(error.detail)[:300])
-        case MethodNotAllowed():
-            refused = Invalid(str(error.detail), remedy="The methods are listed in /api/docs.")
-            refused.code, refused.status = "method_not_allowed", 405
-            return refused
+        case exceptions.MethodNotAllowed():
+            return MethodNotAllowed(str(error.detail))
         case APIException(status_code=401):
             return Unauthenticated()
         case APIException(status_code=403):

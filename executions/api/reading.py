@@ -10,50 +10,45 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from executions import operations
 from executions.api.auth import caller_of
-from executions.api.problems import answers
-from executions.errors import Invalid
+from executions.api.operation import Many, operation
 from executions.hop import rows
 from executions.models import Refusal
+from executions.serializers import LimitShape
 from executions.states import Scope
-
-
-def _get(request: HttpRequest) -> None:
-    if request.method not in ("GET", "HEAD"):
-        raise Invalid("GET only.", field="method")
 
 
 def _json(results: object) -> HttpResponse:
     return HttpResponse(json.dumps(results, default=str), content_type="application/json")
 
 
-@answers
+@operation("Templates, with what they are made of", gives={200: Many()})
 async def templates(request: HttpRequest) -> HttpResponse:
-    _get(request)
     await rows(lambda: caller_of(request).needs(Scope.READ))
     return _json({"results": await operations.template_states()})
 
 
-@answers
+@operation("Backends: state, isolation, walls, breaker, pools", gives={200: Many()})
 async def backends(request: HttpRequest) -> HttpResponse:
-    _get(request)
     await rows(lambda: caller_of(request).needs(Scope.READ))
     return _json({"results": await operations.backend_states()})
 
 
-@answers
+@operation("What one can count on", gives={200: dict})
 async def environment(request: HttpRequest) -> HttpResponse:
-    _get(request)
     return _json(await rows(lambda: operations.environment(caller=caller_of(request))))
 
 
-@answers
+@operation(
+    "Each ceiling, with what is used, reserved and left",
+    gives={200: Many(LimitShape)},
+    query={"user": {"type": "string", "description": "Also what is left for this end user of yours."}},
+)
 async def limits(request: HttpRequest) -> HttpResponse:
-    _get(request)
     found = await rows(lambda: operations.limits(caller=replace(caller_of(request), user=request.GET.get("user", ""))))
     return _json({"results": [shape.model_dump(mode="json") for shape in found]})
 
 
-@answers
+@operation("What was refused, and why", gives={200: Many()})
 async def refusals(request: HttpRequest) -> HttpResponse:
     def look():
         caller = caller_of(request)
@@ -75,7 +70,6 @@ async def refusals(request: HttpRequest) -> HttpResponse:
             for r in found[:200]
         ]
 
-    _get(request)
     return _json({"results": await rows(look)})
 
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
-from typing import Any
-from urllib.parse import quote
 
-from django.conf import settings
-from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
-from django.http.response import HttpResponseBase
-from drf_spectacular.utils import OpenApiResponse, extend_schema
+from django.http import HttpRequest, HttpResponse
 from pydantic import Field
-from rest_framework.generics import ListAPIView
 
 from executions import operations
 from executions.api.auth import caller_of
 from executions.api.executions import answer, body_of
 from executions.api.limits import tells_limits
-from executions.api.pages import shaped
-from executions.api.problems import answers
-from executions.errors import Invalid, TooLarge
+from executions.api.operation import operation
 from executions.hop import rows
-from executions.keys import Caller
 from executions.models import Sandbox
 from executions.serializers import (
     Accepted,
-    FileShape,
     SessionRequest,
     SessionShape,
     parse,
@@ -34,19 +23,10 @@ from executions.serializers import (
 )
 from executions.states import Scope
 
-PIECE_BYTES = 256 * 1024
+MACHINE = (402, 409, 410, 502, 503)
 
 
-async def collection(request: HttpRequest) -> HttpResponse:
-    if request.method == "POST":
-        return await create(request)
-    return await rows(SessionList.as_view(), request)
-
-
-collection.csrf_exempt = True  # type: ignore[attr-defined]
-
-
-@answers
+@operation("Open a session", body=SessionRequest, gives={201: SessionShape}, fails=(402, 409, 413, 422, 502, 503))
 @tells_limits
 async def create(request: HttpRequest) -> HttpResponse:
     caller, asked = await rows(lambda: (caller_of(request), parse(SessionRequest, body_of(request))))
@@ -57,28 +37,28 @@ async def create(request: HttpRequest) -> HttpResponse:
     return response
 
 
-@answers
-async def detail(request: HttpRequest, session_id: str) -> HttpResponse:
-    caller = await rows(caller_of, request)
-    match request.method:
-        case "GET" | "HEAD":
-            return answer(session_shape(await rows(_look, caller, session_id)))
-        case "DELETE":
-            await operations.end_session(caller=caller, session_id=session_id)
-            return HttpResponse(status=204)
-    raise Invalid("GET or DELETE.", field="method")
+@operation("Look at a session", gives={200: SessionShape})
+async def look(request: HttpRequest, session_id: str) -> HttpResponse:
+    def find() -> SessionShape:
+        caller = caller_of(request)
+        caller.needs(Scope.READ)
+        return session_shape(operations.find_session(caller, session_id))
+
+    return answer(await rows(find))
 
 
-def _look(caller: Caller, session_id: str) -> Sandbox:
-    caller.needs(Scope.READ)
-    return operations.find_session(caller, session_id)
+@operation("End a session", gives={204: None}, fails=(502, 503))
+async def end(request: HttpRequest, session_id: str) -> HttpResponse:
+    """Its files that are kept are kept first. Idempotent."""
+    await operations.end_session(caller=await rows(caller_of, request), session_id=session_id)
+    return HttpResponse(status=204)
 
 
 class TimeoutRequest(Accepted):
     timeout_seconds: int = Field(ge=1, le=86_400)
 
 
-@answers
+@operation("Move the end of a session", body=TimeoutRequest, gives={200: SessionShape}, fails=MACHINE)
 async def timeout(request: HttpRequest, session_id: str) -> HttpResponse:
     """POST: the session ends `timeout_seconds` from now."""
     caller, asked = await rows(lambda: (caller_of(request), parse(TimeoutRequest, body_of(request))))
@@ -86,79 +66,18 @@ async def timeout(request: HttpRequest, session_id: str) -> HttpResponse:
     return answer(session_shape(sandbox))
 
 
-@answers
+@operation("Pause a session", gives={200: SessionShape}, fails=MACHINE)
 async def pause(request: HttpRequest, session_id: str) -> HttpResponse:
     """POST: variables and files are kept, no CPU is used; any later use resumes it."""
     return await _turned(request, session_id, operations.pause_session)
 
 
-@answers
+@operation("Resume a session", gives={200: SessionShape}, fails=MACHINE)
 async def resume(request: HttpRequest, session_id: str) -> HttpResponse:
     """POST: it runs again when this answers; what it may cost from now on is reserved first."""
     return await _turned(request, session_id, operations.resume_session)
 
 
 async def _turned(request: HttpRequest, session_id: str, verb: Callable[..., Awaitable[Sandbox]]) -> HttpResponse:
-    if request.method != "POST":
-        raise Invalid("POST only.", field="method")
     caller = await rows(caller_of, request)
     return answer(session_shape(await verb(caller=caller, session_id=session_id)))
-
-
-@answers
-async def files(request: HttpRequest, session_id: str) -> HttpResponseBase:
-    """GET a file, or with `list=1` a folder; PUT streams the body into a file; DELETE removes one."""
-    caller = await rows(caller_of, request)
-    path = request.GET.get("path", "")
-    where: dict[str, Any] = {"caller": caller, "session_id": session_id}
-    match request.method:
-        case "PUT":
-            size = request.headers.get("Content-Length", "0")
-            if size.isdigit() and int(size) > settings.FILE_MAX_BYTES:
-                raise TooLarge(
-                    f"The file has more than {settings.FILE_MAX_BYTES:,} bytes.",
-                    field="body",
-                    remedy="Send it in parts, or have the operator raise SANDGATE_FILE_MAX_BYTES.",
-                )
-            await operations.put_file(**where, path=path, data=_pieces(request))
-            return HttpResponse(json.dumps({"path": path}), status=201, content_type="application/json")
-        case "GET" if request.GET.get("list"):
-            found = await operations.list_files(**where, path=path or "/home/user")
-            listed = [
-                FileShape(name=f.name, path=f.path, type=f.type, size_bytes=f.size_bytes, modified_at=f.modified_at)
-                for f in found
-            ]
-            body = json.dumps({"results": [shape.model_dump(mode="json") for shape in listed]})
-            return HttpResponse(body, content_type="application/json")
-        case "GET":
-            response = StreamingHttpResponse(
-                await operations.get_file(**where, path=path), content_type="application/octet-stream"
-            )
-            name = quote(path.rsplit("/", 1)[-1])
-            response["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
-            response["X-Content-Type-Options"] = "nosniff"
-            return response
-        case "DELETE":
-            await operations.remove_file(**where, path=path)
-            return HttpResponse(status=204)
-    raise Invalid("GET, PUT or DELETE.", field="method")
-
-
-async def _pieces(request: HttpRequest):
-    while piece := request.read(PIECE_BYTES):
-        yield piece
-
-
-@extend_schema(responses={200: OpenApiResponse(SessionShape)}, summary="List sessions, newest first")
-class SessionList(ListAPIView):
-    serializer_class = shaped(session_shape)
-    queryset = Sandbox.objects.none()
-
-    def get_queryset(self):
-        caller: Caller = self.request.auth  # type: ignore[assignment]
-        found = Sandbox.objects.sessions().filter(team=caller.team).select_related("agent", "template")
-        if caller.key is not None and caller.key.agent_id:
-            found = found.filter(agent=caller.key.agent_id)
-        if self.request.GET.get("open"):
-            found = found.open()
-        return found

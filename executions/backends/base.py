@@ -287,6 +287,10 @@ class Backend:
     async def remove_file(self, handle: Handle, path: str) -> None:
         raise Unsupported
 
+    async def move_file(self, handle: Handle, path: str, to: str) -> None:
+        """A file or a folder; FileRefused(missing=True) where there is none."""
+        raise Unsupported
+
     async def open_port(self, handle: Handle, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A byte stream to a port of the sandbox's data plane (49983, 49999). SandboxLost, or ConnectionRefusedError."""
         raise Unsupported

@@ -289,6 +289,14 @@ class ScriptedBackend(Backend):
         for name in [name for name in files if name == root or name.startswith(root + "/")]:
             del files[name]
 
+    async def move_file(self, handle: Handle, path: str, to: str) -> None:
+        files, root, target = self._machine(handle).files, _path(path), _path(to)
+        moved = [name for name in files if name == root or name.startswith(root + "/")]
+        if not moved:
+            raise FileRefused(f"path '{root}' does not exist", missing=True)
+        for name in moved:
+            files[target + name[len(root) :]] = files.pop(name)
+
     async def egress(self, handle: Handle, *, after: int = 0, final: bool = False) -> list[EgressRecord]:
         machine = self.machines.get(handle["sandbox_id"])
         return [record for record in machine.egress if record.number > after] if machine else []

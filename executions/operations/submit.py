@@ -96,7 +96,7 @@ class Wish:
     network: tuple[str, ...] = ()
 
 
-@transaction.atomic(durable=True)
+@transaction.atomic  # a savepoint where a batch is admitted in one transaction
 @hot.together()
 def _admit(
     caller: Caller,
@@ -118,7 +118,7 @@ def _admit(
             return earlier
     timeout, wish = wanted(caller, request, route)
     now = timezone.now()
-    is_command = request.script_path is not None
+    is_command = request.code is None
     code = _command_line(request) if is_command else request.code or ""
     execution = Execution(
         team=caller.team,
@@ -411,6 +411,8 @@ def _parent(caller: Caller, parent_id: str | None) -> Execution | None:
 
 def _command_line(request: Submission) -> str:
     """A script as one line for bash; every word is quoted."""
+    if request.command is not None:
+        return request.command
     interpreter = INTERPRETERS.get(request.language)
     if interpreter is None:
         raise Invalid(f"Scripts in {request.language} cannot be run; send code.", field="language")

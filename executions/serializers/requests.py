@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import posixpath
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
@@ -67,8 +68,12 @@ class Submission(Accepted):
 
     code: str | None = Field(None, description="What to run: one cell. Up to 1 MB.")
     script_path: str | None = Field(
-        None, description="Instead of code: a file that is in the session's sandbox.", max_length=4096
+        None,
+        description="Instead of code: a file that is in the session's sandbox, or one of `files`.",
+        min_length=1,
+        max_length=4096,
     )
+    command: str | None = Field(None, description="Instead of code: a line for bash.", min_length=1, max_length=32_000)
     args: list[str] = Field([], description="Arguments of the script.", max_length=256)
     language: str = Field(
         "python", description="python, bash, javascript, typescript, r or java, as the backend has them.", max_length=20
@@ -134,13 +139,24 @@ class Submission(Accepted):
 
     @model_validator(mode="after")
     def one_thing_to_run(self) -> Submission:
-        if (self.code is None) == (self.script_path is None):
-            raise Invalid("code: send either code or script_path.", field="code")
+        if sum(what is not None for what in (self.code, self.script_path, self.command)) != 1:
+            raise Invalid("code: send either code, script_path or command.", field="code")
         if self.code is not None and not self.code.strip():
             raise Invalid("code: it is empty.", field="code")
-        if self.script_path is not None and self.session_id is None:
-            raise Invalid("session_id: it is missing; script_path names a file in a session.", field="session_id")
+        if self.script_path is not None and self.session_id is None and not self._brings(self.script_path):
+            raise Invalid(
+                "session_id: it is missing; script_path names a file in a session, or one of `files`.",
+                field="session_id",
+            )
         return self
+
+    def _brings(self, path: str) -> bool:
+        """Whether `files` writes it."""
+        return _absolute(path) in map(_absolute, self.files)
+
+
+def _absolute(path: str) -> str:
+    return posixpath.normpath(posixpath.join("/home/user", path))
 
 
 class SessionRequest(Accepted):

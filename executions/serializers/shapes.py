@@ -119,6 +119,8 @@ class ExecutionShape(BaseModel):
     kept: str = Field("", description="What was kept as artifacts: GET /executions/{id}/artifacts.")
     door: str = ""
     request_id: str = ""
+    trace_id: str = Field("", description="Of the traceparent that it was sent with.")
+    ip: str | None = None
     code_sha256: str = ""
     last_seq: int = 0
     created_at: datetime
@@ -366,6 +368,8 @@ def execution_head(execution: Execution) -> ExecutionShape:
         kept=execution.kept_said,
         door=execution.door,
         request_id=execution.request_id,
+        trace_id=execution.trace_id,
+        ip=execution.ip,
         code_sha256=execution.code_sha256,
         queue=QueueShape(position=0, reason=execution.waits_for, until=execution.waits_until)
         if execution.waits

@@ -119,6 +119,24 @@ async def told_through(door: Any, rest: Rest, route: str, csv: bytes) -> dict[st
     return found
 
 
+async def test_an_endless_loop_with_a_timeout_of_2_s_has_stopped_with_its_metering_within_5_s_on_every_backend(
+    fronted: Product,
+):
+    async with Rest(fronted) as rest:
+        for route in ("local", "e2b"):
+            session = await rest.open(route)
+            loop = await rest.run(session, "n = 0\nwhile True: n += 1", timeout_seconds=2)
+            counted = (await rest.run(session, "n"))["results"]
+            later = (await rest.run(session, "import time; time.sleep(0.5); n"))["results"]
+            await rest.end(session)
+
+            assert (loop["state"], loop["error_code"], loop["backend"]) == ("timed_out", "timed_out", route)
+            assert 2 <= loop["usage"]["run_seconds"] <= 5, route
+            assert loop["cost_nano_usd"] > 0, route
+            assert int(counted[0]["text/plain"]) > 0, route
+            assert later == counted, route
+
+
 async def test_the_same_script_gives_the_same_results_at_every_door_and_on_both_backends(fronted: Product, csv: bytes):
     async with Rest(fronted) as rest, Mcp(fronted) as mcp, Websocket(fronted, fronted.sign_in_url) as socket:
         told = {

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from executions.operations import waiting
 from tests.plane.conftest import behave, caller, scripted, seeded
 
 __all__ = ["behave", "caller", "scripted", "seeded"]
@@ -21,6 +22,8 @@ def call(async_client, key):
         answer = await async_client.generic(
             method, path, data, content_type="application/json", headers={**named, **headers}
         )
+        if answer.status_code == 202:
+            await waiting.look()  # as whatever process is first does in the product
         return answer
 
     return send

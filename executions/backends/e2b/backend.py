@@ -440,6 +440,11 @@ class E2BBackend(Backend):
         with self.account.translated():
             await sandbox.files.remove(path)
 
+    async def move_file(self, handle: Handle, path: str, to: str) -> None:
+        sandbox = await self._sandbox(handle)
+        with self.account.translated():
+            await sandbox.files.rename(path, to)
+
     async def list(self) -> list[Listed]:  # the last one: below it, the name is no longer the type
         return await self._listed(OURS)
 

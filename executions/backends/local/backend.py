@@ -421,6 +421,9 @@ class LocalBackend(Backend):
     async def remove_file(self, handle: Handle, path: str) -> None:
         await self._rpc(handle, "filesystem.Filesystem/Remove", {"path": path})
 
+    async def move_file(self, handle: Handle, path: str, to: str) -> None:
+        await self._rpc(handle, "filesystem.Filesystem/Move", {"source": path, "destination": to})
+
     async def open_port(self, handle: Handle, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if port not in (ENVD, INTERPRETER):
             raise ConnectionRefusedError(f"nothing listens on port {port}")

@@ -1,0 +1,86 @@
+"""Many executions that are admitted in one transaction, all or none of them; and one of old, run again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from django.db import transaction
+
+from executions.errors import Invalid, KeyReused, Refused
+from executions.hop import rows
+from executions.keys import Caller
+from executions.models import Execution, IdempotencyRecord
+from executions.operations import waiting
+from executions.operations.run import start
+from executions.operations.submit import TwinAdmitted, _admitted, record_refusal
+from executions.serializers import KeptFile, RunLimits, Submission
+from executions.serializers.workflows import RerunRequest
+from executions.states import Scope
+
+
+async def execute_all(
+    *, caller: Caller, requests: list[Submission], idempotency_key: str | None = None
+) -> list[Execution]:
+    """Admit them all; whichever processes are first run them. Raises Refused, which says at which `index`; then none is."""
+    admitted = await rows(_submit_all, caller, requests, idempotency_key)
+    for execution in admitted:
+        if not execution.replayed and not execution.is_unclaimed:  # its machine is in this process
+            start(execution)
+    await waiting.ring()
+    return admitted
+
+
+def _submit_all(caller: Caller, requests: list[Submission], idempotency_key: str | None) -> list[Execution]:
+    caller.needs(Scope.RUN)
+    named = {request.agent for request in requests}
+    if len(named) > 1:
+        raise Invalid("executions: all of a batch are of one agent.", field="executions.agent")
+    caller = caller.acting_as(named.pop())
+    try:
+        try:
+            return _admit_all(caller, requests, idempotency_key)
+        except TwinAdmitted:
+            return _admit_all(caller, requests, idempotency_key)
+    except Refused as refusal:
+        record_refusal(caller, refusal)
+        raise
+
+
+@transaction.atomic(durable=True)
+def _admit_all(caller: Caller, requests: list[Submission], token: str | None) -> list[Execution]:
+    admitted = []
+    for index, request in enumerate(requests):
+        of_one = replace(caller, user=request.user, workflow=request.workflow)
+        try:
+            admitted.append(_admitted(of_one, request, f"{token}#{index}" if token else None, later=True))
+        except Refused as refusal:
+            refusal.facts["index"] = index
+            raise
+    longer = IdempotencyRecord.objects.filter(agent=caller.agent, token=f"{token}#{len(requests)}")
+    if len({execution.replayed for execution in admitted}) > 1 or (admitted[0].replayed and longer.exists()):
+        raise KeyReused
+    return admitted
+
+
+def again(execution: Execution, asked: RerunRequest) -> Submission:
+    """The request for the same once more, as a child of the first. A session's variables are not there, but where it says so."""
+    sandbox = execution.sandbox
+    changed: dict[str, Any] = asked.model_dump(exclude_none=True, exclude={"limits"})
+    what: dict[str, Any] = {"command": execution.code} if execution.command else {"code": execution.code}
+    fresh = {"template": sandbox.template.name} if sandbox and not asked.session_id else {}
+    files = {p: KeptFile(artifact=c["artifact"]) if isinstance(c, dict) else c for p, c in execution.files.items()}
+    return Submission(
+        **what | fresh | changed,
+        agent=execution.agent.name,
+        language=execution.language,
+        files=files,
+        env=execution.env,
+        limits=asked.limits or RunLimits(**execution.limits),
+        keep_files=execution.keep_files,
+        user=execution.user,
+        workflow=execution.workflow,
+        step=execution.step,
+        metadata=execution.metadata,
+        parent=execution.id,
+    )
