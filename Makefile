@@ -2,7 +2,8 @@
 # make test   all tests, on SQLite and on PostgreSQL
 # make lint   style, types, layers, migrations, the committed OpenAPI document
 # make bench  measurements of this machine
-# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds; 10,000 calls whose connections are cut
+# make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds; 10,000 calls whose connections are cut; 500 deaths
+#             between two steps, on each database
 # make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
@@ -43,6 +44,8 @@ soak: tools
 	$(PY) -m tests.bench.reconcile
 	$(PY) -m tests.bench.money
 	$(PY) -m tests.bench.retries
+	$(PY) -m tests.bench.chaos
+	$(PY) -m tests.servers postgresql $(PY) -m tests.bench.chaos
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt

@@ -20,7 +20,18 @@ from django.db.models import Model, Q, QuerySet, Sum
 from django.utils import timezone
 
 from executions import audit, ledger, store
-from executions.models import Artifact, Attempt, Claim, CostTotal, Execution, LedgerEntry, Quota, Sandbox, Usage
+from executions.models import (
+    Artifact,
+    Attempt,
+    Claim,
+    CostTotal,
+    Execution,
+    LedgerEntry,
+    Quota,
+    Sandbox,
+    Transition,
+    Usage,
+)
 from executions.states import AttemptOutcome, ExecutionState, SandboxState, Unit, Window
 
 MOST = 20  # wrong rows of one check that are told
@@ -123,8 +134,10 @@ def _used(quota: Quota) -> tuple[int, int]:
     began = quota.window_started_at
     match quota.unit:
         case Unit.EXECUTIONS if not quota.backend:  # a fallback changes an execution's backend, not what was taken
-            found = Execution.objects.filter(**_scope(quota, "user", "workflow"))
-            return _count(found, started_at__gte=began + AT_ONCE), _count(found, started_at__gte=began - AT_ONCE)
+            whose = {f"execution__{name}": value for name, value in _scope(quota, "user", "workflow").items()}
+            begun = Transition.objects.filter(before=ExecutionState.QUEUED, **whose)
+            begun = begun.filter(after__in=[ExecutionState.STARTING, ExecutionState.RUNNING])
+            return _count(begun, at__gte=began + AT_ONCE), _count(begun, at__gte=began - AT_ONCE)
         case Unit.CREATIONS if not (quota.user or quota.workflow):
             made = _made_for(quota)
             return _count(made, created_at__gte=began + AT_ONCE), _count(made, created_at__gte=began - AT_ONCE)
@@ -273,8 +286,8 @@ def owned() -> Iterator[Wrong]:
     live = Execution.objects.open().order_by("pk")
     for execution in live.exclude(state=ExecutionState.QUEUED).filter(heartbeat_at__lt=before):
         yield Wrong("execution", execution.pk, "a sign of life or an end", f"none since {execution.heartbeat_at}")
-    for execution in live.filter(state=ExecutionState.QUEUED, waits_until__lt=before):
-        yield Wrong("execution", execution.pk, f"an end by {execution.waits_until}", "still queued")
+    for execution in live.filter(heartbeat_at=None, waits_until__lt=before):
+        yield Wrong("execution", execution.pk, f"a runner or an end by {execution.waits_until}", "neither")
     held = Sandbox.objects.open().exclude(state=SandboxState.RETIRING).order_by("pk")
     for sandbox in held.filter(leased_until__lt=before - timedelta(seconds=settings.KEEP_GRACE_SECONDS)):
         yield Wrong("sandbox", sandbox.pk, f"an end by {sandbox.leased_until}", sandbox.state)

@@ -59,6 +59,12 @@ def breaker_forgets() -> None:
     breaker._made.clear()
 
 
+@pytest.fixture(autouse=True)
+def clock_is_new() -> None:
+    """A test before may have set it, which is no jump here."""
+    import_module("executions.operations.reap")._clock = None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def hop_ends() -> Iterator[None]:
     yield

@@ -17,7 +17,7 @@ from executions import backends, breaker
 from executions.admin import charts, filters, show
 from executions.admin.costs import midnight
 from executions.costs import usd
-from executions.models import ApiKey, Execution, Refusal, Sandbox, Usage
+from executions.models import ApiKey, Execution, MetricTotal, Refusal, Sandbox, Usage
 from executions.operations import outages
 from executions.reports import spend
 from executions.states import ExecutionState, SandboxState
@@ -47,6 +47,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         "numbers": numbers(recent, sandboxes, now),
         "outages": outages(),
         "needs": needs(sandboxes["retiring"], now),
+        "verified": verified(),
         "backends": backend_rows(ended, live),
         "runs": (hours := runs_by_hour(recent, now)),
         "runs_chart": charts.runs(hours),
@@ -149,6 +150,12 @@ def needs(retiring: int, now: datetime) -> list[dict[str, Any]]:
         for count, what, model, query, why in found
         if count
     ]
+
+
+def verified() -> dict[str, Any] | None:
+    """When `manage.py verify` last looked, and how many of its checks found a wrong row; None before it ever has."""
+    row = MetricTotal.objects.filter(name="sandgate_verify_failed_checks").first()
+    return {"failed": int(row.value), "when": show.when(row.at)} if row else None
 
 
 def backend_rows(ended: list[tuple], live: list[tuple]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from django.utils import timezone
 
-from executions import backends, breaker, ledger, metrics
+from executions import backends, breaker, faults, ledger, metrics
 from executions.backends.base import Handle, Limits, SandboxSpec
 from executions.errors import BackendError, BackendUnavailable, SandboxRefused
 from executions.hop import rows
@@ -27,6 +27,7 @@ async def boot(sandbox: Sandbox) -> Handle:
     Among its facts is `perhaps` where the machine may have been made all the same, so that it has to be killed.
     """
     alias, began = sandbox.backend, timezone.now()
+    faults.point("intended")
     try:
         with _silence_told(alias):
             handle = await make(sandbox)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import datetime, timedelta
 
 from django.conf import settings
@@ -11,7 +12,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
 
-from executions import backends, egress, ledger, metrics
+from executions import backends, egress, faults, ledger, metrics
 from executions.backends.base import Backend
 from executions.errors import BackendError, SandboxLost
 from executions.hop import rows
@@ -22,10 +23,13 @@ from executions.states import AttemptOutcome, EndReason, ExecutionState, Sandbox
 E, S = ExecutionState, SandboxState
 log = logging.getLogger(__name__)
 STALE_BEATS = 3
+AHEAD = timedelta(minutes=1)  # of other machines' clocks, at most
+SET_SECONDS = 3  # a smaller step makes nobody look dead
 RETIRED_AT_ONCE = 20
 FAR_PATIENCE = timedelta(minutes=2)  # after its end, by which another machine's node has ended a sandbox by itself
 SETTLED = timedelta(seconds=10)  # after which a provider's list is sure to name what it has made
 _retiring: set[asyncio.Task] = set()
+_clock: float | None = None  # the wall clock's lead over the monotonic one, at the last look
 
 
 def retire_when_killed(sandbox: Sandbox, killing: asyncio.Task) -> None:
@@ -49,8 +53,10 @@ async def retire(sandbox: Sandbox, reason: str) -> bool:
     if not await artifacts.keep_at_end(sandbox, reason):
         return False
     await note_egress(sandbox, final=True)
+    faults.point("retiring")
     if not await run.kill(sandbox):
         return False
+    faults.point("dead")
     return await rows(gone, sandbox)
 
 
@@ -90,15 +96,27 @@ def gone(sandbox: Sandbox) -> bool:
     now = timezone.now()
     _, fields = ledger.bill(sandbox, *ledger.own_time(sandbox, now), final=True)
     sandbox.advance(S.GONE, reason=sandbox.end_reason, **fields)
+    faults.point("going")
     return True
 
 
 # Executions whose runner died
 
 
+def clock_was_set() -> bool:
+    """Whether this machine's clock has jumped since the last look: the living get the time for one more sign of life."""
+    global _clock
+    before, _clock = _clock, time.time() - time.monotonic()
+    return before is not None and abs(_clock - before) > SET_SECONDS
+
+
 def find_stale() -> list[Execution]:
-    before = timezone.now() - timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS)
-    stale = Execution.objects.open().filter(heartbeat_at__lt=before)
+    if clock_was_set():
+        return []
+    now = timezone.now()
+    silent = Q(heartbeat_at__lt=now - timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS))
+    silent |= Q(heartbeat_at__gt=now + AHEAD)  # of before the clock was set back: who lives has written another since
+    stale = Execution.objects.open().filter(silent)
     return [e for e in stale.select_related("sandbox", "agent")[:100] if run.running(e.pk) is None]
 
 
@@ -112,6 +130,8 @@ def close_stale(execution: Execution) -> None:
     left = execution.wish and execution.state == E.STARTING and not execution.cancel_requested_at
     if left and sandbox is not None and not sandbox.kept:
         return _give_back(execution, sandbox)
+    if sandbox is not None:  # first, as whoever settles the run does: so two never wait for each other
+        sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
     if execution.cancel_requested_at:
         state, code, said = E.CANCELLED, "cancelled", execution.cancel_reason
     elif execution.state == E.RUNNING:
@@ -123,14 +143,13 @@ def close_stale(execution: Execution) -> None:
         outcome=AttemptOutcome.LOST, code=code, ended_at=now
     )
     if sandbox is not None and not sandbox.ended_at:
-        sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
-        if not sandbox.ended_at:
-            first = Usage.IDLE if sandbox.kept else Usage.BOOT
-            price, fields = ledger.bill(
-                sandbox, (first, execution.running_at or now), (Usage.RUN, now), execution=execution
-            )
-            Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
-            Execution.objects.filter(pk=execution.pk).update(cost_nano_usd=price)
+        first = Usage.IDLE if sandbox.kept else Usage.BOOT
+        price, fields = ledger.bill(
+            sandbox, (first, execution.running_at or now), (Usage.RUN, now), execution=execution
+        )
+        Sandbox.objects.filter(pk=sandbox.pk).update(**fields)
+        Execution.objects.filter(pk=execution.pk).update(cost_nano_usd=price)
+    faults.point("closing")
 
 
 def _give_back(execution: Execution, sandbox: Sandbox) -> None:
@@ -145,7 +164,7 @@ def _give_back(execution: Execution, sandbox: Sandbox) -> None:
         waits_until=now + timedelta(seconds=max(60, settings.QUEUE_SECONDS)),
     )  # fmt: skip
     attempts = Attempt.objects.filter(execution=execution, outcome=AttemptOutcome.OPEN)
-    attempts.update(outcome=AttemptOutcome.LOST, code=code, ended_at=now)
+    attempts.update(outcome=AttemptOutcome.UNAVAILABLE, code=code, ended_at=now)
 
 
 # Sandboxes whose time is over
@@ -186,11 +205,17 @@ async def reap(*, orphans: bool = True) -> int:
             mended += 1
         except IllegalTransition:
             continue
+        except Exception:  # one row that cannot be closed does not hold up the others
+            log.exception("not_closed", extra={"execution_id": execution.pk})
     at_once = asyncio.Semaphore(RETIRED_AT_ONCE)  # a backend that is slow to kill does not hold up the others
 
     async def end(sandbox: Sandbox, reason: str) -> bool:
         async with at_once:
-            return await retire(sandbox, reason)
+            try:
+                return await retire(sandbox, reason)
+            except Exception:
+                log.exception("not_retired", extra={"sandbox_id": sandbox.pk})
+                return False
 
     mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
     mended += await pausing.pause_idle()

@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models import Q, QuerySet
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, demand, ledger, pool, routes
+from executions import backends, breaker, capacity, demand, faults, ledger, pool, routes
 from executions.backends.base import Backend, Handle
 from executions.errors import BackendError, BackendUnavailable, Refused, SandboxLost
 from executions.hop import rows
@@ -193,6 +193,7 @@ async def _boot(sandbox: Sandbox) -> None:
         async with asyncio.timeout(BOOT_SECONDS):
             handle = await boot(sandbox)
             await _answers(backend, handle)
+        faults.point("pool_booted")
         await rows(_ready, sandbox, handle)
     except IllegalTransition:  # given up meanwhile, by whoever thought that this process had died
         if handle is not None:
@@ -282,6 +283,7 @@ def settle_claims(which: QuerySet[Claim] | None = None) -> None:
         return
     with transaction.atomic(durable=True):
         ledger.bill_claims(list(ending.select_for_update(of=("self",), skip_locked=True)[:SETTLED_AT_ONCE]))
+        faults.point("claims_billed")
 
 
 __all__ = ["fit", "fit_session", "replenish", "settle_claims", "settled", "soon", "taken"]

@@ -13,7 +13,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, egress, journal, ledger, metrics
+from executions import backends, egress, faults, journal, ledger, metrics
 from executions.backends.base import EgressRecord, Handle
 from executions.backends.base import Event as Said
 from executions.errors import (
@@ -115,6 +115,7 @@ class Run:
     async def whole(self) -> Execution:
         """From the claimed row to the settled one; never raises but for a process that is being torn down."""
         execution = self.execution
+        faults.point("admitted")
         try:
             try:
                 handle = await self._boot()
@@ -160,6 +161,7 @@ class Run:
         while True:
             try:
                 handle = await self._beating(boot(sandbox))
+                faults.point("booted")
                 await rows(self._mark_running, sandbox, handle)
                 return handle
             except BackendUnavailable as e:
@@ -289,6 +291,7 @@ class Run:
             async with aclosing(said) as events:  # type: ignore[type-var]
                 async for event in events:
                     self.journal.hear(event)
+                    faults.point("said")
                     if self.on_said is not None:
                         await self.on_said(event)
         except ContextRestarted as e:  # what stopping it has cost
@@ -380,6 +383,7 @@ class Run:
     async def _end(self, state: str, columns: dict[str, Any], outcome: str) -> None:
         sandbox = self.execution.sandbox
         assert sandbox is not None
+        faults.point("ended")
         lost = self.sandbox_lost
         ends = not sandbox.kept or lost
         if self.execution.keep_files and not sandbox.ended_at:
@@ -391,8 +395,10 @@ class Run:
         if killing:
             await asyncio.wait({killing}, timeout=KILL_PATIENCE_SECONDS)
         gone = killing is not None and killing.done() and killing.result()
+        faults.point("killed")
         reason = EndReason.LOST if lost else EndReason.FINISHED
         await rows(self._settle, state, columns, outcome, ended_at, reason if killing else "", gone)
+        faults.point("settled")
         metrics.ended(self.execution)
         await journal.ring(self.execution.pk)
         if killing and not gone:
@@ -469,6 +475,7 @@ class Run:
             tried.outcome, tried.code, tried.ended_at = outcome, columns.get("error_code", ""), ended_at
             now_known = {"outcome": outcome, "code": tried.code, "ended_at": ended_at}
             hot.change(tried, now_known, by=("execution_id", "number"))
+        faults.point("settling")
 
     def _asked_to_cancel(self) -> str | None:
         """The reason of a cancel that was written down by another process, e.g. one that ended the session."""

@@ -17,7 +17,7 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, egress, pool, quotas, routes
+from executions import backends, breaker, capacity, egress, faults, pool, quotas, routes
 from executions.backends.base import FileInfo
 from executions.errors import (
     BackendError,
@@ -126,7 +126,9 @@ async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiti
             if sandbox.made_of:
                 await replenish.fit_session(sandbox)
             else:
-                await rows(_ready, sandbox, await boot(sandbox))
+                handle = await boot(sandbox)
+                faults.point("session_booted")
+                await rows(_ready, sandbox, handle)
             return sandbox
         except BackendUnavailable as e:
             log.info("backend_unavailable", extra={"sandbox_id": sandbox.pk, "backend": sandbox.backend})
@@ -200,9 +202,11 @@ async def extend_session(*, caller: Caller, session_id: str, seconds: int) -> Sa
     if sandbox.is_here:
         await pausing.awake(sandbox)
     end = await rows(_reserve, sandbox, seconds)
+    faults.point("reserved")
     with gone_is_recorded(sandbox):
         if sandbox.is_here:  # elsewhere `tell_ends` reads it out of the row
             await backends.get(sandbox.backend).set_timeout(sandbox.machine, seconds + sandbox.grace_seconds)
+    faults.point("extended")
     await rows(Sandbox.objects.filter(pk=sandbox.pk).update, leased_until=end)
     sandbox.leased_until = end
     return sandbox

@@ -14,7 +14,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from executions import backends, breaker, capacity, egress, metrics, pool, quotas, routes
+from executions import backends, breaker, capacity, egress, faults, metrics, pool, quotas, routes
 from executions.errors import Conflict, Forbidden, Invalid, KeyReused, NotFound, QueueFull, Refused, SessionGone
 from executions.keys import Caller
 from executions.models import (
@@ -165,6 +165,7 @@ def _admit(
         execution.bear(E.QUEUED, reason=full.code)
     if idempotency_key:
         remember(agent, idempotency_key, fingerprint, execution=execution)
+    faults.point("admitting")
     return execution
 
 
@@ -210,6 +211,7 @@ def begin(execution_id: str) -> Execution | None:
             path, fields = (E.STARTING,), fields | _unclaimed(fields["sandbox"])
         execution.advance(*path, **fields)
         _try_first(execution, route, tried=execution.attempts.count())
+        faults.point("beginning")
     return execution
 
 
@@ -321,6 +323,7 @@ def caller_of(execution: Execution) -> Caller:
 
 def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox | None:
     """The intent to boot on the next backend of the route; None, and an attempt that says why, where it is left out."""
+    faults.point("unavailable")
     if why := breaker.outage(alias):
         return _skip(execution, alias, why, SkipCode.OUT)
     try:
@@ -331,8 +334,9 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
                 caller, alias=alias, template=old.template, seconds=execution.timeout_seconds, env=old.template.env,
                 memory_mib=old.memory_mib, network_allow=old.network_allow,
             )  # fmt: skip
-            if not Execution.objects.filter(pk=execution.pk, sandbox=old).update(sandbox=sandbox, backend=alias):
-                raise IllegalTransition(f"{execution.pk}: it was given to another process.")
+            still = Execution.objects.open().filter(pk=execution.pk, sandbox=old)
+            if not still.update(sandbox=sandbox, backend=alias):
+                raise IllegalTransition(f"{execution.pk}: it has ended, or was given to another process.")
             attempt = Attempt.objects.create(
                 execution=execution,
                 number=len(execution.tried) + 1,

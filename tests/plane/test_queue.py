@@ -125,7 +125,7 @@ async def test_a_runner_that_dies_before_anything_ran_is_followed_by_another(cal
     assert path == ["queued", "starting", "queued", "starting", "running", "succeeded"]
     assert after.state == E.SUCCEEDED
     tried = await rows(lambda: list(after.attempts.values_list("number", "outcome")))
-    assert tried == [(1, "lost"), (2, "ran")]
+    assert tried == [(1, "unavailable"), (2, "ran")]
 
 
 @pytest.mark.django_db(transaction=True)

@@ -65,6 +65,8 @@ async def _execute(cloud: Cloud, box: Box, body: dict[str, Any], receive: Any, s
         return await answer(send, 400, "Only one of context_id or language can be provided")
     if context_id and context_id not in box.machine.contexts:
         return await answer(send, 404, f"Context {context_id} not found")
+    if (first := body["code"].partition("\n")[0]).startswith("#run "):
+        cloud.count(first)  # so that whoever sent it can see that it ran once
     events = cloud.backend.run_code(
         box.handle, body["code"], language=language or "python", context_id=context_id or None, timeout_seconds=FOR_EVER
     )
