@@ -3,7 +3,7 @@
 # make lint   style, types, layers, migrations, the committed OpenAPI document
 # make bench  measurements of this machine
 # make soak   10,000 sandboxes at one node, which must not grow; 200 kills while E2B misbehaves; a dollar that holds; 10,000 calls whose connections are cut; 500 deaths
-#             between two steps, on each database
+#             between two steps, on each database; a million executions in the tables
 # make test-e2b  the contract of backends on E2B itself: E2B_API_KEY=e2b_… make test-e2b
 
 PYTHON ?= python3
@@ -37,6 +37,7 @@ lint: tools
 
 bench: tools
 	$(PY) -m tests.bench $(ARGS)
+	$(PY) -m tests.bench.answers
 
 soak: tools
 	$(PY) -m pytest -m long $(ARGS)
@@ -46,6 +47,8 @@ soak: tools
 	$(PY) -m tests.bench.retries
 	$(PY) -m tests.bench.chaos
 	$(PY) -m tests.servers postgresql $(PY) -m tests.bench.chaos
+	$(PY) -m tests.bench.million
+	$(PY) -m tests.bench.fleet
 
 tools:
 	@$(PYTHON) deploy/bootstrap.py tests/requirements.txt

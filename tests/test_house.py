@@ -101,6 +101,14 @@ def test_the_table_of_errors_is_the_generated_one():
     assert errors.table() in (HOME / "docs" / "errors.md").read_text(), "python -m executions.errors prints it"
 
 
+def test_the_dollars_in_the_answers_are_what_the_shipped_rates_come_to():
+    from tests.bench.answers import table
+
+    page = (HOME / "docs" / "answers.md").read_text()
+
+    assert [line for line in table() if line not in page] == []
+
+
 def test_every_command_is_documented():
     commands = {p.stem for p in (HOME / "executions/management/commands").glob("*.py") if p.stem != "__init__"}
 
