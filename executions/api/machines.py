@@ -7,6 +7,7 @@ from django.http import HttpRequest, HttpResponse
 from executions import operations
 from executions.api.auth import caller_of
 from executions.api.executions import WAITS, answer, body_of, preferred_wait
+from executions.api.limits import tells_limits
 from executions.api.once import done_once
 from executions.api.operation import Many, operation
 from executions.api.pages import listed
@@ -73,6 +74,7 @@ async def remove_context(request: HttpRequest, session_id: str, context_id: str)
     headers=WAITS,
     fails=(*MACHINE, 422),
 )
+@tells_limits
 async def command(request: HttpRequest, session_id: str) -> HttpResponse:
     """It is an execution, with its output, exit code, metering and cost."""
 

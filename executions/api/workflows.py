@@ -7,6 +7,7 @@ from django.http import HttpRequest, HttpResponse
 from executions import operations
 from executions.api.auth import caller_of
 from executions.api.executions import answer, body_of, preferred_wait
+from executions.api.limits import tells_limits
 from executions.api.operation import operation
 from executions.hop import rows
 from executions.keys import Caller
@@ -25,6 +26,7 @@ ADMISSION = (402, 409, 410, 413, 422, 503)
 
 
 @operation("Run up to 100 at once, all or none", body=BatchRequest, gives={202: BatchShape}, fails=ADMISSION)
+@tells_limits
 async def run_batch(request: HttpRequest) -> HttpResponse:
     caller, asked = await rows(lambda: (caller_of(request), parse(BatchRequest, body_of(request))))
     token = request.headers.get("Idempotency-Key")
@@ -40,6 +42,7 @@ async def run_batch(request: HttpRequest) -> HttpResponse:
     headers={"Prefer": "wait=N: wait for its end, at most N seconds. Left out: answer at once."},
     fails=ADMISSION,
 )
+@tells_limits
 async def rerun(request: HttpRequest, execution_id: str) -> HttpResponse:
     """At once with 202, unless `Prefer: wait=N` asks for its end."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from django.db import transaction
@@ -13,7 +13,7 @@ from executions.keys import Caller
 from executions.models import Execution, IdempotencyRecord
 from executions.operations import waiting
 from executions.operations.run import start
-from executions.operations.submit import TwinAdmitted, _admitted, record_refusal
+from executions.operations.submit import TwinAdmitted, _admitted, asking, record_refusal
 from executions.serializers import KeptFile, RunLimits, Submission
 from executions.serializers.workflows import RerunRequest
 from executions.states import Scope
@@ -51,9 +51,11 @@ def _submit_all(caller: Caller, requests: list[Submission], idempotency_key: str
 def _admit_all(caller: Caller, requests: list[Submission], token: str | None) -> list[Execution]:
     admitted = []
     for index, request in enumerate(requests):
-        of_one = replace(caller, user=request.user, workflow=request.workflow)
         try:
-            admitted.append(_admitted(of_one, request, f"{token}#{index}" if token else None, later=True))
+            if request.dry_run:
+                raise Invalid("dry_run: only POST /executions prices a request, one at a time.", field="dry_run")
+            of_one = f"{token}#{index}" if token else None
+            admitted.append(_admitted(asking(caller, request), request, of_one, later=True))
         except Refused as refusal:
             refusal.facts["index"] = index
             raise
@@ -67,11 +69,15 @@ def again(execution: Execution, asked: RerunRequest) -> Submission:
     """The request for the same once more, as a child of the first. A session's variables are not there, but where it says so."""
     sandbox = execution.sandbox
     changed: dict[str, Any] = asked.model_dump(exclude_none=True, exclude={"limits"})
-    what: dict[str, Any] = {"command": execution.code} if execution.command else {"code": execution.code}
-    fresh = {"template": sandbox.template.name} if sandbox and not asked.session_id else {}
+    as_it_was: dict[str, Any] = {"timeout_seconds": execution.timeout_seconds}
+    as_it_was |= {"command": execution.code} if execution.command else {"code": execution.code}
+    if sandbox is not None and not asked.session_id:
+        as_it_was |= {"template": sandbox.template.name, "network": sandbox.network_allow}
+    if execution.max_cost_nano_usd is not None:
+        as_it_was["max_cost_usd"] = Decimal(execution.max_cost_nano_usd) / 1_000_000_000
     files = {p: KeptFile(artifact=c["artifact"]) if isinstance(c, dict) else c for p, c in execution.files.items()}
     return Submission(
-        **what | fresh | changed,
+        **as_it_was | changed,
         agent=execution.agent.name,
         language=execution.language,
         files=files,

@@ -29,7 +29,7 @@ class RerunRequest(Accepted):
     """The same code once more, in a fresh sandbox; what is left out stays as it was."""
 
     route: list[Short] | None = Field(
-        None, description="Backend aliases in order; left out: the agent's.", max_length=8
+        None, description="Backend aliases in order; left out: the agent's own route.", max_length=8
     )
     timeout_seconds: int | None = Field(None, ge=1)
     limits: RunLimits | None = None

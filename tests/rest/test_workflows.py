@@ -54,6 +54,26 @@ async def test_a_batch_that_is_none_is_refused(call, executions):
     assert not await Execution.objects.aexists()
 
 
+async def test_a_batch_keeps_to_the_most_that_each_may_cost(call):
+    answer = await call("POST", f"{RUN}/batch", {"executions": [{"code": "#= 1"}, {"code": "#= 1", "max_cost_usd": 0}]})
+    priced = await call("POST", f"{RUN}/batch", {"executions": [{"code": "#= 1", "dry_run": True}]})
+
+    assert (answer.status_code, answer.json()["index"]) == (402, 1)
+    assert (priced.status_code, priced.json()["field"]) == (400, "dry_run")
+    assert not await Execution.objects.aexists()
+
+
+async def test_a_rerun_reaches_no_more_of_the_network_than_the_first(call, agent):
+    agent.network_allow = ["*"]
+    await agent.asave()
+    first = (await call("POST", RUN, {"code": "#@ data.example:443", "network": [], "timeout_seconds": 7})).json()
+    again = (await call("POST", f"{RUN}/{first['id']}/rerun", {}, Prefer="wait=10")).json()
+
+    assert [one["verdict"] for one in again["egress"]] == [one["verdict"] for one in first["egress"]]
+    assert again["timeout_seconds"] == 7
+    assert (await Execution.objects.select_related("sandbox").aget(pk=again["id"])).sandbox.network_allow == []
+
+
 async def test_a_batch_under_one_idempotency_key_runs_once(call):
     key = {"Idempotency-Key": "b1"}
     two = {"executions": [{"code": "#= 1"}, {"code": "#= 2"}]}
