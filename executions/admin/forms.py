@@ -219,6 +219,7 @@ class TeamForm(forms.ModelForm):
 STEPS = {Unit.NANO_USD: costs.NANO, Unit.COMPUTE_US: 1_000_000}  # of what is counted in one of what is typed
 
 OPTIONAL = {"soft_percent", "when_exhausted", "max_wait_seconds"}  # left empty they stay as they are
+CHOSEN_ONCE = {"unit", "window", "each", "team", "agent", "key", "user", "workflow", "backend"}
 
 
 class QuotaForm(forms.ModelForm):
@@ -253,17 +254,7 @@ class QuotaForm(forms.ModelForm):
         for name in OPTIONAL & self.fields.keys():
             self.fields[name].required = False
         if self.instance.pk:
-            for name in {
-                "unit",
-                "window",
-                "each",
-                "team",
-                "agent",
-                "key",
-                "user",
-                "workflow",
-                "backend",
-            } & self.fields.keys():
+            for name in CHOSEN_ONCE & self.fields.keys():
                 self.fields[name].disabled = True
             one = STEPS.get(self.instance.unit, 1)
             for name in ("limit", "raised_by"):
