@@ -285,7 +285,9 @@ def multiply(kind: Any, original: Any, model: Any, numbers: range, count: int) -
         elif name == "is_counted":
             values.append("(n %% 10 <> 0)")  # a tenth fills the totals: every agent on nearly every day
         elif name in ("key_id", "actor_id"):
-            values.append("CASE WHEN a = 0 THEN %s END")
+            values.append(
+                "CASE WHEN a = 0 THEN %s END" if sqlite else f"CASE WHEN a = 0 THEN %s::{field.db_type(connection)} END"
+            )
             parameters.append(value)
         elif isinstance(field, models.DateTimeField) and value is not None:
             moved = f"strftime('%%Y-%%m-%%d %%H:%%M:%%f000', %s, {seconds} || ' seconds')"
