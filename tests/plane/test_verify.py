@@ -13,6 +13,7 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from executions import audit, backends, invariants, operations, store
+from executions.admin import first_page
 from executions.backends.base import SandboxSpec
 from executions.hop import rows
 from executions.models import (
@@ -346,6 +347,7 @@ def test_the_command_says_a_line_for_each_check_and_fails_with_the_first_wrong_r
     (check,) = [check for check in told["checks"] if not check["ok"]]
     assert (told["ok"], check["name"], check["wrong"][0]["id"]) == (False, "reservations", wrong)
     assert MetricTotal.objects.get(name="sandgate_verify_failed_checks").value == 1
+    assert first_page.verified()["failed"] == 1
 
 
 @pytest.mark.django_db(transaction=True)
