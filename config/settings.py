@@ -310,6 +310,7 @@ LOGGING = {
         "e2b_code_interpreter": {"level": "INFO"},
         "pyqwest": {"level": "INFO"},
         "httpx": {"level": "WARNING"},
+        "httpx2": {"level": "WARNING"},
         "httpcore": {"level": "WARNING"},
         "mcp": {"level": "WARNING"},
     },

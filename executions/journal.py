@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from channels.layers import get_channel_layer
 from django.utils import timezone
 
 from executions.backends.base import Event as Said
-from executions.models import Event, hot
+from executions.hop import rows
+from executions.models import Event, Execution, hot
 from executions.states import EventKind, NamedLimit
 
 log = logging.getLogger(__name__)
@@ -184,3 +186,28 @@ def write(batch: list[Event]) -> None:
 def read(execution_id: str, after_seq: int = 0, limit: int = 1000) -> list[Event]:
     """At most `limit` events behind `after_seq`, in order."""
     return list(Event.objects.filter(execution_id=execution_id, seq__gt=after_seq).order_by("seq")[:limit])
+
+
+_looks: dict[tuple[int, str, int], asyncio.Task[tuple[list[Event], bool]]] = {}
+
+
+async def look(execution_id: str, after_seq: int, limit: int) -> tuple[list[Event], bool]:
+    """What lies behind `after_seq`, and whether the run was open before that was read.
+
+    Watchers of one run look at the same moments (a ring, a whole second), and those that know as much share one look.
+    """
+    key = (id(asyncio.get_running_loop()), execution_id, after_seq)
+    if key not in _looks:
+        _looks[key] = asyncio.create_task(rows(_look, execution_id, after_seq, limit))
+        _looks[key].add_done_callback(lambda _: _looks.pop(key))
+    return await asyncio.shield(_looks[key])
+
+
+def _look(execution_id: str, after_seq: int, limit: int) -> tuple[list[Event], bool]:
+    is_open = Execution.objects.open().filter(pk=execution_id).exists()
+    return read(execution_id, after_seq, limit), is_open
+
+
+def until_the_next_look() -> float:
+    """Seconds to the next whole one."""
+    return 1.0 - time.monotonic() % 1.0

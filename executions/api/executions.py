@@ -126,8 +126,7 @@ async def _stream(execution: Execution, seen: int):
     quiet = 0.0
     async with journal.Doorbell(execution.pk) as bell:
         while True:
-            open_before = execution.is_open
-            batch = await rows(journal.read, execution.pk, seen, HELD_EVENTS)
+            batch, open_before = await journal.look(execution.pk, seen, HELD_EVENTS)
             for event in batch:
                 seen, quiet = event.seq, 0.0
                 yield f"id: {event.seq}\nevent: {event.kind}\ndata: {event_shape(event).model_dump_json()}\n\n"
@@ -137,12 +136,12 @@ async def _stream(execution: Execution, seen: int):
                 head = await rows(_head, execution.pk)
                 yield f"event: end\ndata: {head.model_dump_json()}\n\n"
                 return
-            if not await bell.wait(1.0):
-                quiet += 1
+            pause = journal.until_the_next_look()
+            if not await bell.wait(pause):
+                quiet += pause
                 if quiet >= KEEPALIVE_SECONDS:
                     quiet = 0.0
                     yield ": still running\n\n"
-            await rows(execution.refresh_from_db, fields=["state", "ended_at"])
             await asyncio.sleep(0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -93,6 +94,10 @@ def what_fits(refused: BudgetExhausted) -> str:
     return f"keep_session=false and timeout_seconds ≤ {seconds} fit." if seconds > 0 else "No run fits any more."
 
 
+LOOK_AGAIN_SECONDS = 60
+_far_from_its_end: dict[str, float] = {}  # session to the moment until which nobody need look: spares a call its hop
+
+
 async def keep_open(caller: Caller, session_id: str, timeout_seconds: int | None) -> None:
     """A session that execute_code opened lasts as long as it is used. Raises what the verb does when no time is left to run."""
 
@@ -104,8 +109,15 @@ async def keep_open(caller: Caller, session_id: str, timeout_seconds: int | None
 
     assert caller.agent is not None
     needed = timeout_seconds or caller.agent.timeout_seconds
+    enough = SESSION_SECONDS / 2
+    if needed <= enough and time.monotonic() < _far_from_its_end.get(session_id, 0):
+        return
     left = await rows(seconds_left)
-    if left is None or left > max(needed, SESSION_SECONDS / 2):
+    if left is None or left > max(needed, enough):
+        if len(_far_from_its_end) > 10_000:
+            _far_from_its_end.clear()
+        spare = LOOK_AGAIN_SECONDS if left is None else min(LOOK_AGAIN_SECONDS, left - enough)
+        _far_from_its_end[session_id] = time.monotonic() + spare
         return
     try:
         await operations.extend_session(caller=caller, session_id=session_id, seconds=SESSION_SECONDS)

@@ -12,7 +12,7 @@ from mcp.client.streamable_http import streamable_http_client
 from tests.bench.load import Figures, drive, request
 from tests.bench.table import at_most, row, show, timed
 
-CALLS = 300
+CALLS = 200
 HEADERS = "Content-Type: application/json\r\nAccept: application/json, text/event-stream\r\nMCP-Protocol-Version: 2025-11-25\r\n"
 
 
