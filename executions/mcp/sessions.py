@@ -238,6 +238,8 @@ async def get_environment(call: Call, asked: GetEnvironment) -> Answer:
         f"network: {found.network}; packages that may be installed: {', '.join(found.packages['may_install']) or 'none'}",
         f"a run may take {times['max']} s, {times['default']} s when it does not say",
     ]
+    if locked := found.packages["in_every_sandbox"]:
+        lines.append("in every new sandbox: " + ", ".join(f"{name} {version}" for name, version in locked.items()))
     lines += [f"outage: {outage}" for outage in found.outages]
     for limit in found.limits:
         left = f"${limit['remaining_usd']}" if limit["remaining_usd"] else limit["remaining"]

@@ -40,9 +40,8 @@ def ask(
     roll = index.digest_of(agent.pk, sorted((item.name, item.version, item.sha256) for item in open_ones))
     refused = Approval.objects.filter(roll=roll, state=ApprovalState.DENIED).select_related("decided_by").last()
     if refused is not None:
-        raise PackageDenied(
-            f"{refused.decided_by} has denied {_names(open_ones)}: {refused.reason or 'no reason given'}."
-        )
+        said = f"{refused.decided_by} has denied {_names(open_ones)}: {refused.reason or 'no reason given'}."
+        raise PackageDenied(said, package=open_ones[0].name)
     why = " ".join(dict.fromkeys(item.reason for item in open_ones))[:500]
     waiting = _waiting(caller, agent, sandbox, execution, asked, items, why, roll)
     raise ApprovalPending(

@@ -59,8 +59,11 @@ def environment(*, caller: Caller) -> dict[str, Any]:
     caller.needs(Scope.READ)
     caller = caller.acting_as(None)
     live = Sandbox.objects.open().sessions().filter(agent=caller.agent).select_related("agent", "template")
+    assert caller.agent is not None
+    offered, lock = offer(caller), caller.agent.lock
+    offered["packages"] |= {"in_every_sandbox": lock.versions if lock else {}}
     return {
-        **offer(caller),
+        **offered,
         "outages": outages(),
         "limits": [shape.model_dump(mode="json") for shape in limits(caller=caller)],
         "sessions": [session_shape(sandbox).model_dump(mode="json") for sandbox in live[:20]],

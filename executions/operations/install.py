@@ -46,29 +46,35 @@ async def install(*, caller: Caller, session_id: str, requirements: list[str]) -
     Raises PackageDenied, ApprovalPending, InstallFailed, SessionGone.
     """
     asked = packages.requirements_of(requirements)
-    sandbox = await rows(_claimed, caller, session_id)
-    await pausing.awake(sandbox)
-    with gone_is_recorded(sandbox):
-        return await install_into(caller, sandbox, asked)
+    who, there = await rows(_claimed, caller, session_id, asked)
+    assert who.sandbox is not None
+    await pausing.awake(who.sandbox)
+    with gone_is_recorded(who.sandbox):
+        return await _put_into(who, who.sandbox, asked, there)
 
 
-def _claimed(caller: Caller, session_id: str) -> Sandbox:
+def _claimed(caller: Caller, session_id: str, asked: list[Requirement]) -> tuple[Who, dict[str, str]]:
     caller.needs(Scope.RUN)
-    return claim_session(caller, session_id)
+    sandbox = claim_session(caller, session_id)
+    who = Who(caller, sandbox.agent, sandbox)
+    return who, _looked_at(who, asked)
 
 
 async def install_into(
     caller: Caller, sandbox: Sandbox, asked: list[Requirement], execution: Execution | None = None
 ) -> Installed:
     """The same for a sandbox that is at hand; `execution` is the run whose code asks."""
-    for_whom = Who(caller, sandbox.agent, sandbox, execution)
-    await rows(_denied_at_once, for_whom, asked)
+    who = Who(caller, sandbox.agent, sandbox, execution)
+    return await _put_into(who, sandbox, asked, await rows(_looked_at, who, asked))
+
+
+async def _put_into(who: Who, sandbox: Sandbox, asked: list[Requirement], there: dict[str, str]) -> Installed:
     base = await bases.of_sandbox(sandbox)
-    present = {**base.present, **await rows(_there_already, sandbox)}
-    items = await _decided(for_whom, asked, Base(base.python, base.machine, present))
+    present = {**base.present, **there}
+    items = await _decided(who, asked, Base(base.python, base.machine, present))
     if items:
         await put(sandbox, [item.sha256 for item in items])
-    return await rows(_record, for_whom, asked, items, present)
+    return await rows(_record, who, asked, items, present)
 
 
 async def install_for_agent(*, caller: Caller, agent: str | None = None, requirements: list[str]) -> Installed:
@@ -150,7 +156,8 @@ async def _decided(who: Who, asked: list[Requirement], base: Base, hold: dict[st
     names = {requirement.name for requirement in asked}
     for item in items:
         item.requested = item.name in names
-    await rows(_judged, who, words, items, False)
+    if not all(index.is_known(item) for item in items):  # nothing that is denied is fetched
+        await rows(_judged, who, words, items, False)
     found = await asyncio.gather(*(once(item.sha256, partial(index.have, item)) for item in items))
     index.told(items, {item.sha256: facts for item, facts in zip(items, found, strict=True)})
     await rows(_judged, who, words, items, True)
@@ -180,8 +187,11 @@ def _judged(who: Who, asked: list[str], items: list[Item], whole: bool) -> None:
 # Into a session
 
 
-def _there_already(sandbox: Sandbox) -> dict[str, str]:
-    """What this sandbox was given beside its template's packages."""
+def _looked_at(who: Who, asked: list[Requirement]) -> dict[str, str]:
+    """What this sandbox was given beside its template's packages. Raises PackageDenied for a name that may not be had."""
+    _denied_at_once(who, asked)
+    sandbox = who.sandbox
+    assert sandbox is not None
     found = dict(sandbox.lock.versions) if sandbox.lock else {}
     mine = Package.objects.filter(sandbox=sandbox, verdict=Verdict.ALLOWED).exclude(sha256="").order_by("pk")
     return found | dict(mine.values_list("name", "version"))

@@ -17,7 +17,7 @@ from executions.operations.bases import said
 from executions.packages import layers
 
 TARGET = "$HOME/.packages"  # behind the template's own packages on sys.path: never in front of them
-TAKE = 'mkdir -p "{target}" && tar -xf "{archive}" -C "{target}"; s=$?; rm -f "{archive}"; exit $s'
+TAKE = '[ -d "{target}" ] || mkdir -p "{target}"; tar -xf "{archive}" -C "{target}"; s=$?; rm -f "{archive}"; exit $s'
 PROVE = 'printf "%s  %s\\n" {sha256} "{archive}" | sha256sum -c --status || {{ echo "the archive has another hash" >&2; exit 1; }}; '
 SEE = (
     "import sys, os.path, importlib\nsys.path += {os.path.expanduser('~/.packages')} - {*sys.path}\n"

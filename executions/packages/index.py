@@ -218,6 +218,11 @@ def told(items: Iterable[Item], facts: dict[str, dict]) -> None:
         item.needed_by = sorted(o.name for o in found if o is not item and item.name in facts[o.sha256]["needs"])
 
 
+def is_known(item: Item) -> bool:
+    """Whether its wheel is in the store, examined."""
+    return kept(item.sha256).with_name(f"{item.sha256}.json").exists()
+
+
 def have(item: Item) -> dict:
     """Its wheel, fetched and examined by whoever comes first of all threads and processes; what is known about it."""
     path = kept(item.sha256)

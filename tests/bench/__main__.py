@@ -1,6 +1,6 @@
 """`make bench`: what is measured side by side in one run, as a table in Markdown.
 
-    python -m tests.bench [node | plane | e2b | mcp | crowd]
+    python -m tests.bench [node | plane | e2b | mcp | crowd | packages]
 
 Figures are comparable within one run only, so the ratios are what counts. In the part `plane` the server is pinned to the
 first core and the load to the second, where there are two.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import servers
-from tests.bench import crowd, double, mcp, peers
+from tests.bench import crowd, double, mcp, packages, peers
 from tests.bench import node as at_node
 from tests.bench.load import Figures, drive, one, request
 from tests.bench.node import CELL, SMALL
@@ -178,6 +178,8 @@ def main() -> None:
         agents(python)
     if part in ("all", "crowd"):
         at_once()
+    if part in ("all", "packages"):
+        packages.measured(python)
     if part in ("all", "plane"):
         with servers.folder() as data:
             database = f"sqlite:///{data}/bench.sqlite3"

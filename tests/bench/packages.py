@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 from tests import servers
-from tests.bench.load import Figures, one, request
+from tests.bench.load import one, request
 from tests.bench.table import HEAD, at_most, row, show, timed
 from tests.index import Index, running_index
-from tests.product import Product, start
+from tests.product import HOME, Product, environment, start
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20"))
 FRESH = int(os.environ.get("BENCH_FRESH", "60"))
@@ -31,10 +31,14 @@ ASKERS = 50
 def main() -> None:
     named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
     print(HEAD)
+    measured(Path(named) if named else None)
+
+
+def measured(python: Path | None) -> None:
     with running_index() as index, servers.folder() as data:
         fill(index)
         settings = {"SANDGATE_PACKAGE_INDEX": f"{index.url}/simple", "SANDGATE_LOG_LEVEL": "WARNING"}
-        product = start(data, servers.free_port(), Path(named) if named else None, **settings)
+        product = start(data, servers.free_port(), python, **settings)
         try:
             asyncio.run(measure(product, index))
         finally:
@@ -51,10 +55,21 @@ def fill(index: Index) -> None:
     index.add("heavy", "1.0", {"heavy/blob.bin": dice.randbytes(30_000_000)})
 
 
-async def measure(product: Product, index: Index) -> None:
-    port, key = int(product.url.rsplit(":", 1)[1]), product.key
+def another_key(product: Product) -> str:
+    """The key of an agent whose sandboxes have no lock."""
+    code = (
+        "from executions import keys; from executions.models import Agent, Team; team = Team.objects.earliest('created_at'); "
+        "print(keys.make_key(team=team, name='bench', agent=Agent.objects.create(team=team, name='plain'))[1])"
+    )
+    command = [sys.executable, "-W", "ignore", "manage.py", "shell", "--no-imports", "-c", code]
+    env = environment(product.data, 1, None)
+    return subprocess.run(command, cwd=HOME, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
-    async def ask(method: str, path: str, body: dict) -> tuple[float, dict]:
+
+async def measure(product: Product, index: Index) -> None:
+    port, key, plain = int(product.url.rsplit(":", 1)[1]), product.key, another_key(product)
+
+    async def ask(method: str, path: str, body: dict, key: str = key) -> tuple[float, dict]:
         pair = await asyncio.open_connection("127.0.0.1", port)
         began = time.perf_counter()
         status, answer = await one(*pair, request(method, path, key=key, body=json.dumps(body).encode()))
@@ -62,39 +77,34 @@ async def measure(product: Product, index: Index) -> None:
         pair[1].close()
         if status >= 300:
             sys.exit(f"{path}: {status} {answer.decode()[:500]}")
-        return took, json.loads(answer)
+        return took, json.loads(answer or b"{}")
 
-    async def installed() -> list[float]:
-        taken = []
-        for _ in range(ROUNDS + 2):
-            _, session = await ask("POST", "/api/v1/sessions", {"route": ["local"], "timeout_seconds": 600})
-            took, _ = await ask("POST", f"/api/v1/sessions/{session['id']}/packages", {"packages": ["acme"]})
-            taken.append(took)
-        return taken[2:]  # the first ones look, resolve and fetch
-
-    async def fresh() -> Figures:
-        taken = []
-        for _ in range(FRESH + 3):
-            took, _ = await ask("POST", "/api/v1/executions", {"code": "1", "route": ["local"]})
-            taken.append(took)
-        return timed(taken[3:])
-
-    cached = timed(await installed())
+    taken = []
+    for _ in range(ROUNDS + 2):  # the first ones look, resolve and fetch
+        _, session = await ask("POST", "/api/v1/sessions", {"route": ["local"], "timeout_seconds": 600})
+        took, _ = await ask("POST", f"/api/v1/sessions/{session['id']}/packages", {"packages": ["acme"]})
+        taken.append(took)
+        await ask("DELETE", f"/api/v1/sessions/{session['id']}", {})
+    cached = timed(taken[2:])
     show("a cached install into a live session, through REST", cached, aim=at_most(CACHED_MS, cached.p50_ms))
     for name, figures in peers(index):
         show(f"`{name}` of the same, into an empty folder", figures, f"{figures.p50_ms / cached.p50_ms:.1f} times ours")
 
     _, run = await ask("POST", "/api/v1/executions", {"code": "1", "route": ["local"]})
-    before = await fresh()
-    show("a fresh sandbox and its first cell, through REST", before)
-    await ask("POST", f"/api/v1/agents/{run['agent']}/packages", {"packages": ["part-0"]})
-    after = await fresh()
+    where = f"/api/v1/agents/{run['agent']}/packages"
+    await ask("POST", where, {"packages": ["part-0"]})
+    without, with_lock = [], []
+    for _ in range(FRESH + 3):  # in turns: what disturbs one disturbs the other
+        for agent, found in ((plain, without), (key, with_lock)):
+            took, _ = await ask("POST", "/api/v1/executions", {"code": "1", "route": ["local"]}, agent)
+            found.append(took)
+    before, after = timed(without[3:]), timed(with_lock[3:])
     more = after.p50_ms - before.p50_ms
+    show("a fresh sandbox and its first cell, through REST", before)
     show("the same with a lock of 20 packages", after, f"{more:+.1f} ms", at_most(LOCK_MS, more))
 
     began = time.perf_counter()
-    heavy = {"packages": ["heavy"]}
-    await asyncio.gather(*(ask("POST", f"/api/v1/agents/{run['agent']}/packages", heavy) for _ in range(ASKERS)))
+    await asyncio.gather(*(ask("POST", where, {"packages": ["heavy"]}) for _ in range(ASKERS)))
     fetched = index.fetches("heavy-1.0-py3-none-any.whl")
     spent = f"{time.perf_counter() - began:.1f} s for all"
     row(

@@ -71,6 +71,8 @@ async def test_a_package_installed_without_a_session_is_importable_in_the_agents
     done = await operations.install_for_agent(caller=caller, requirements=["greeting"])
 
     assert done.added == {"greeting": "1.0", "frame": "1.2"}
+    told = await rows(operations.environment, caller=await again(caller))
+    assert told["packages"]["in_every_sandbox"] == done.added
     assert await said(caller, code) == "[x]"
     script = "import subprocess, sys; print(subprocess.run([sys.executable, '-c', 'import frame; print(1)'], capture_output=True).stdout)"
     assert await said(caller, script) == "b'1\\n'"
