@@ -153,9 +153,7 @@ def test_counting_open_rows_reads_the_open_ones_only(caller, model):
 
 
 HISTORY = "execution|sandbox|transition|event|usage|ledgerentry|attempt"
-OPEN = (
-    r"\w*_open\w*|usage_not_counted|sqlite_autoindex_\w+_1|\w+_pkey|INTEGER PRIMARY KEY|\w+_once|\w+_id_[0-9a-f]{8}\w*"
-)
+OPEN = r"\w*_open\w*|\w*_waiting|usage_not_counted|sqlite_autoindex_\w+_1|\w+_pkey|INTEGER PRIMARY KEY|\w+_once|\w+_id_[0-9a-f]{8}\w*"
 
 
 def plans(act) -> list[str]:
