@@ -45,9 +45,9 @@ async def _listed(request: HttpRequest, find) -> HttpResponse:
 
 @operation(
     "A kept file, whole or in part",
-    gives={200: BYTES, 206: BYTES, 304: None},
+    gives={200: BYTES, 206: BYTES, 304: None, 416: None},
     headers={"Range": "bytes=…: a part of it.", "If-None-Match": "Its ETag, which is its SHA-256."},
-    fails=(410, 416),
+    fails=(410,),
 )
 async def content(request: HttpRequest, artifact_id: str) -> HttpResponseBase:
     artifact = await rows(lambda: operations.find_artifact(caller_of(request), artifact_id))

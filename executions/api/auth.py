@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 
@@ -37,11 +36,3 @@ class HasScope(BasePermission):
     def has_permission(self, request, view):
         request.auth.needs(Scope.READ if request.method in ("GET", "HEAD") else getattr(view, "scope", Scope.RUN))
         return True
-
-
-class KeyScheme(OpenApiAuthenticationExtension):
-    target_class = KeyAuthentication
-    name = "key"
-
-    def get_security_definition(self, auto_schema):
-        return {"type": "http", "scheme": "bearer", "bearerFormat": "sg_…"}

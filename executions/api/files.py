@@ -33,14 +33,14 @@ TAR = {"type": "string", "enum": ["tar"]}
 
 @operation(
     "Read a file, list a folder, or fetch a folder as a tar",
-    gives={200: BYTES, 206: BYTES},
+    gives={200: BYTES, 206: BYTES, 416: None},
     query={
         "path": PATH,
         "list": {"type": "string", "description": "1: the entries of the folder, as JSON."},
         "archive": TAR | {"description": "The files below the folder."},
     },
     headers={"Range": "bytes=…: a part of the file."},
-    fails=(*MACHINE, 416),
+    fails=MACHINE,
 )
 async def read(request: HttpRequest, session_id: str) -> HttpResponseBase:
     """HEAD tells its size: where an upload that was broken off goes on."""
