@@ -13,10 +13,12 @@ from executions.keys import Caller
 from executions.models import Execution
 from executions.operations import waiting
 from executions.operations.cancel import request_cancel
-from executions.operations.run import running, start
+from executions.operations.run import Run, running, start
 from executions.operations.submit import submit
 from executions.serializers import ExecutionShape, Submission, execution_shape
 from executions.states import Scope
+
+_leaving: set[asyncio.Task] = set()
 
 
 async def execute(
@@ -38,17 +40,30 @@ async def execute(
         assert what is not None
         return submit(caller=who, request=what, idempotency_key=idempotency_key, later=wait_seconds == 0)
 
-    execution = await rows(admit)
-    if execution.is_unclaimed and not execution.replayed:
-        await waiting.ring()
-    if execution.replayed or execution.is_unclaimed:
+    async def begin() -> tuple[Execution, Run | None]:
+        execution = await rows(admit)
+        if execution.replayed:
+            return execution, None
+        if execution.is_unclaimed:
+            await waiting.ring()
+            return execution, None
+        return execution, start(execution)
+
+    beginning = asyncio.ensure_future(begin())
+    try:
+        execution, run = await asyncio.shield(beginning)  # what was admitted is started, though the caller has gone
+    except asyncio.CancelledError:
+        leaving = asyncio.ensure_future(_left(beginning))
+        _leaving.add(leaving)
+        leaving.add_done_callback(_leaving.discard)
+        raise
+    if run is None:
         try:
             return await wait(execution, wait_seconds)
         except asyncio.CancelledError:
             if execution.cancel_on_disconnect and not execution.replayed:
                 await asyncio.shield(cancel(execution=execution, reason="the caller went away"))
             raise
-    run = start(execution)
     assert run.task is not None
     try:
         await asyncio.wait({run.task}, timeout=wait_seconds)
@@ -60,6 +75,15 @@ async def execute(
     if run.task.done() and not execution.is_open:
         return execution_shape(execution, events=run.events, attempts=execution.tried, egress=run.egress)
     return await rows(_shape, execution.pk)
+
+
+async def _left(beginning: asyncio.Future[tuple[Execution, Run | None]]) -> None:
+    """The caller went away while it was admitted."""
+    await asyncio.wait({beginning})
+    if beginning.exception() is None:
+        execution, _ = beginning.result()
+        if execution.cancel_on_disconnect and not execution.replayed:
+            await cancel(execution=execution, reason="the caller went away")
 
 
 async def wait(execution: Execution, wait_seconds: float | None) -> ExecutionShape:
