@@ -69,11 +69,12 @@ def races_for_a_dollar(rounds: int, double: Double, data: Path, database: str, s
             seen, killed = asyncio.run(_race(product, port, key, double, chance, python, more))
             product = killed[1]
             _wait(lambda: not double.meter()["live"], "the provider's timeouts")
+            charged = double.meter()["nano_usd"] - before  # all that it ever will: nothing lives there any more
+            assert charged <= BUDGET_NANO_USD, f"the double charged ${charged / 1e9:.6f}"
             double.tell(kill_hangs=0.0)
             _wait(lambda: _aside(budget) == 0, "the reservations")
-            charged, booked = double.meter()["nano_usd"] - before, _used(budget) - used
+            booked = _used(budget) - used
             told.append(Round(charged, booked, killed[0], seen, killed[2]))
-            assert charged <= BUDGET_NANO_USD, f"the double charged ${charged / 1e9:.6f}"
             assert charged <= booked <= BUDGET_NANO_USD, f"charged ${charged / 1e9:.6f}, booked ${booked / 1e9:.6f}"
             assert (wrong := _first_wrong()) is None, wrong
             print(f"{_engine(database)}: ${charged / 1e9:.4f} charged, ${booked / 1e9:.4f} booked", flush=True)
