@@ -6,33 +6,11 @@ from datetime import UTC
 
 from django.db import migrations, models
 
+from executions.migrations._audit_guard import UNGUARD, guard, unguard  # noqa: F401 (tests lift the guard)
+
 HASHED = (
     "seq", "previous", "at", "team_id", "actor_id", "key_id", "action", "subject", "before", "after", "reason", "ip",
 )  # fmt: skip
-
-GUARD = {
-    "sqlite": [
-        "CREATE TRIGGER audit_event_is_not_changed BEFORE UPDATE ON executions_auditevent "
-        "BEGIN SELECT RAISE(ABORT, 'audit events are never changed'); END",
-        "CREATE TRIGGER audit_event_is_not_deleted BEFORE DELETE ON executions_auditevent "
-        "BEGIN SELECT RAISE(ABORT, 'audit events are never deleted'); END",
-    ],
-    "postgresql": [
-        "CREATE FUNCTION audit_event_stays() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'audit events are never changed or deleted'; END $$",
-        "CREATE TRIGGER audit_event_is_not_changed BEFORE UPDATE ON executions_auditevent "
-        "FOR EACH ROW EXECUTE FUNCTION audit_event_stays()",
-        "CREATE TRIGGER audit_event_is_not_deleted BEFORE DELETE ON executions_auditevent "
-        "FOR EACH ROW EXECUTE FUNCTION audit_event_stays()",
-        "CREATE TRIGGER audit_is_not_emptied BEFORE TRUNCATE ON executions_auditevent "
-        "FOR EACH STATEMENT EXECUTE FUNCTION audit_event_stays()",
-    ],
-}
-UNGUARD = {
-    "sqlite": ["DROP TRIGGER audit_event_is_not_changed", "DROP TRIGGER audit_event_is_not_deleted"],
-    "postgresql": ["DROP FUNCTION audit_event_stays() CASCADE"],
-}
-
 
 def chain(apps, schema_editor):
     """Number and hash what there is, in the order in which it was written."""
@@ -48,14 +26,6 @@ def chain(apps, schema_editor):
         event.save(update_fields=["seq", "previous", "digest"])
     if seq:
         head_model.objects.create(id=1, seq=seq, digest=previous)
-
-
-def run(statements):
-    def apply(apps, schema_editor):
-        for statement in statements[schema_editor.connection.vendor]:
-            schema_editor.execute(statement)
-
-    return apply
 
 
 class Migration(migrations.Migration):
@@ -86,5 +56,5 @@ class Migration(migrations.Migration):
         ),
         migrations.RunPython(chain, migrations.RunPython.noop),
         migrations.AlterField('auditevent', 'seq', models.BigIntegerField('number', editable=False, unique=True)),
-        migrations.RunPython(run(GUARD), run(UNGUARD)),
+        migrations.RunPython(guard, unguard),
     ]
