@@ -144,14 +144,14 @@ def agents(python: Path) -> None:
             asyncio.run(go())
 
 
-def at_once() -> None:
+def at_once(python: Path) -> None:
     """A crowd on one process of uvicorn."""
     from tests.product import start
 
     with servers.folder() as data:
         database = f"sqlite:///{data}/bench.sqlite3"
         more = {"DATABASE_URL": database, "SANDGATE_LOG_LEVEL": "WARNING", "SANDGATE_SCRIPTED": "true"}
-        product = start(data, servers.free_port(), None, **more)
+        product = start(data, servers.free_port(), python, **more)
         try:
             allow_much(data, database)
             asyncio.run(crowd.figures(int(product.url.rsplit(":", 1)[1]), product.key, product.process.pid))
@@ -177,7 +177,7 @@ def main() -> None:
     if part in ("all", "mcp"):
         agents(python)
     if part in ("all", "crowd"):
-        at_once()
+        at_once(python)
     if part in ("all", "packages"):
         packages.measured(python)
     if part in ("all", "plane"):
