@@ -9,7 +9,7 @@ from django.http.response import HttpResponseBase
 
 from executions import operations
 from executions.api.auth import caller_of
-from executions.api.operation import BYTES, operation
+from executions.api.operation import ANY, operation
 from executions.downloads import served
 from executions.hop import rows
 from executions.serializers import ArtifactList, artifact_shape
@@ -45,7 +45,7 @@ async def _listed(request: HttpRequest, find) -> HttpResponse:
 
 @operation(
     "A kept file, whole or in part",
-    gives={200: BYTES, 206: BYTES, 304: None, 416: None},
+    gives={200: ANY, 206: ANY, 304: None, 416: None},
     headers={"Range": "bytes=…: a part of it.", "If-None-Match": "Its ETag, which is its SHA-256."},
     fails=(410,),
 )

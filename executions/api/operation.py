@@ -15,6 +15,7 @@ from executions.errors import MethodNotAllowed
 
 View = Callable[..., Awaitable[HttpResponseBase]]
 BYTES = "application/octet-stream"
+ANY = "*/*"  # as the file or the question has it
 
 
 @dataclass(frozen=True, slots=True)
