@@ -95,7 +95,7 @@ def guard_lifted() -> None:
     from executions import audit
 
     assert audit.triggers() >= audit.TRIGGERS
-    migration = import_module("executions.migrations.0013_audit_chain")
+    migration = import_module("executions.migrations._audit_guard")
     with connection.cursor() as cursor:
         for statement in migration.UNGUARD[connection.vendor]:
             cursor.execute(statement)

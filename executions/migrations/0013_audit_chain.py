@@ -6,7 +6,7 @@ from datetime import UTC
 
 from django.db import migrations, models
 
-from executions.migrations._audit_guard import UNGUARD, guard, unguard  # noqa: F401 (tests lift the guard)
+from executions.migrations._audit_guard import guard, unguard
 
 HASHED = (
     "seq", "previous", "at", "team_id", "actor_id", "key_id", "action", "subject", "before", "after", "reason", "ip",

@@ -26,7 +26,7 @@ def guarded(db):
     run(GUARD.GUARD)
 
 
-GUARD = import_module("executions.migrations.0013_audit_chain")
+GUARD = import_module("executions.migrations._audit_guard")
 
 
 def run(statements) -> None:

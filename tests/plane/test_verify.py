@@ -39,7 +39,7 @@ from executions.states import ExecutionState, SandboxState, Unit, Window
 from tests.plane.conftest import asks
 
 pytestmark = pytest.mark.django_db
-GUARD = import_module("executions.migrations.0013_audit_chain")
+GUARD = import_module("executions.migrations._audit_guard")
 
 
 def run(statements) -> None:
