@@ -26,7 +26,9 @@ from executions.states import Scope
 BILL_DAYS = 90
 
 
-@operation("What this month will come to", gives={200: dict}, query={name: QUERY[name] for name in ("agent", "backend")})
+@operation(
+    "What this month will come to", gives={200: dict}, query={name: QUERY[name] for name in ("agent", "backend")}
+)
 async def forecast(request: HttpRequest) -> HttpResponse:
     """GET /costs/forecast: this month, if each coming day costs what the same weekday cost in the last seven."""
     return await rows(_forecast, request)
