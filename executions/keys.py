@@ -123,7 +123,7 @@ def authenticate(
         team=key.team,
         agent=key.agent,
         key=key,
-        scopes=frozenset(key.scopes),
+        scopes=frozenset(key.scopes) - ({Scope.MANAGE} if key.backend else set()),  # a test key changes nothing real
         door=door,
         ip=ip,
         request_id=request_id,

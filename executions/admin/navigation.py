@@ -64,6 +64,7 @@ GROUPS: list[tuple[str, list[tuple[str, str, str]]]] = [
             ("Advisories", "gpp_maybe", "advisory"),
             ("Egress", "north_east", "egress"),
             ("Idempotency", "repeat_one", "idempotencyrecord"),
+            ("Answers of writes", "reply", "answerrecord"),
             ("Sign-in links", "login", "signinlink"),
             ("Metrics", "monitoring", "metrictotal"),
         ],

@@ -15,7 +15,7 @@ from unfold.decorators import action, display
 from executions import audit, operations
 from executions.admin import filters, levers, show
 from executions.admin.base import RecordPage, caller_of
-from executions.models import AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Refusal, SignInLink
+from executions.models import AnswerRecord, AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Refusal, SignInLink
 
 
 @admin.register(Refusal)
@@ -148,6 +148,27 @@ class IdempotencyPage(RecordPage):
 
     @display(description="age", ordering="created_at")
     def age(self, row: IdempotencyRecord) -> Any:
+        return show.when(row.created_at)
+
+
+@admin.register(AnswerRecord)
+class AnswerPage(RecordPage):
+    list_display = ["token", "key_link", "answered", "age"]
+    list_select_related = ["key"]
+    search_fields = ["token__startswith"]
+    ordering = ["-id"]
+    exclude = ["body"]  # the caller's matter
+
+    @display(description="key", ordering="key__name")
+    def key_link(self, row: AnswerRecord) -> Any:
+        return show.link(row.key)
+
+    @display(description="answered with", ordering="status")
+    def answered(self, row: AnswerRecord) -> Any:
+        return row.status or "nothing yet"
+
+    @display(description="age", ordering="created_at")
+    def age(self, row: AnswerRecord) -> Any:
         return show.when(row.created_at)
 
 

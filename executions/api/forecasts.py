@@ -17,7 +17,7 @@ from executions.api.auth import caller_of
 from executions.api.costs import BATCHES, QUERY, agent_of, day_of, period_of
 from executions.api.operation import operation
 from executions.costs import NANO
-from executions.errors import Invalid
+from executions.errors import Forbidden, Invalid
 from executions.hop import rows
 from executions.keys import Caller
 from executions.reports import bills, exports, listing, spend, totals
@@ -108,6 +108,8 @@ def _what_if(request: HttpRequest) -> HttpResponse:
 
 def _bill(request: HttpRequest) -> tuple[Caller, str, dict[str, Any]]:
     caller = _reader(request, {"backend", "from", "to", "listed"})
+    if caller.key is not None and caller.key.agent_id:
+        raise caller.denied(Forbidden("A bill is the whole team's: use a key of the team."))
     alias = request.GET.get("backend", "e2b")
     if alias not in settings.SANDBOXES:
         raise Invalid(f"backend: {alias!r} is none of {', '.join(settings.SANDBOXES)}.", field="backend")

@@ -21,6 +21,8 @@ ASK = (
     "print(json.dumps([list(sys.version_info[:2]), platform.machine(), {d.name: d.version for d in m.distributions()}]))"
 )
 KNOWN_SECONDS = 600
+NAME, VERSION = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*"), re.compile(r"[A-Za-z0-9.!+_-]{1,100}")
+SAID_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,15 @@ _known: dict[tuple[Any, ...], tuple[float, Base]] = {}
 async def of_sandbox(sandbox: Sandbox, handle: dict[str, Any] | None = None) -> Base:
     """What its template gave it; asked in one sandbox, believed of its siblings for some minutes. Raises InstallFailed."""
     template = sandbox.template
-    key = (sandbox.backend, template.pk, template.build, template.e2b_template, json.dumps(template.packages))
+    key = (
+        sandbox.team_id,
+        sandbox.agent_id,
+        sandbox.backend,
+        template.pk,
+        template.build,
+        template.e2b_template,
+        json.dumps(template.packages),
+    )
     at, base = _known.get(key, (0.0, None))
     if base is not None and time.monotonic() - at < KNOWN_SECONDS:
         return base
@@ -48,9 +58,9 @@ async def of_sandbox(sandbox: Sandbox, handle: dict[str, Any] | None = None) -> 
         )
     except (ValueError, IndexError, TypeError, AttributeError) as e:
         raise InstallFailed("The sandbox has no Python that answers.") from e
-    if not re.fullmatch(r"\w{1,20}", base.machine) or not all(
-        re.fullmatch(r"[\w.!+-]{1,100}", v) for v in present.values()
-    ):
+    if not re.fullmatch(r"[a-z0-9_]{1,20}", base.machine) or not all(
+        NAME.fullmatch(name) and VERSION.fullmatch(version) for name, version in base.present.items()
+    ):  # a guest may have answered, and this becomes a file that uv reads
         raise InstallFailed("The sandbox has no Python that answers.")
     _known[key] = (time.monotonic(), base)
     return base
@@ -58,13 +68,15 @@ async def of_sandbox(sandbox: Sandbox, handle: dict[str, Any] | None = None) -> 
 
 async def said(sandbox: Sandbox, command: str, handle: dict[str, Any]) -> str:
     """What a command in the sandbox has printed. Raises InstallFailed where it fails."""
-    out, err, code = [], [], None
+    out, err, code, size = [], [], None, 0
     async for event in backends.get(sandbox.backend).run_command(handle, command, timeout_seconds=120):
         match event.kind:
             case "stdout":
                 out.append(event.data["text"])
+                if (size := size + len(out[-1])) > SAID_CHARACTERS:
+                    raise InstallFailed("The sandbox prints without end, where it was asked for its packages.")
             case "stderr":
-                err.append(event.data["text"])
+                err[:] = [("".join(err) + event.data["text"])[-1000:]]
             case "exit":
                 code = event.data["exit_code"]
     if code:

@@ -12,7 +12,7 @@ from django.db.models import Q
 from packaging.requirements import Requirement
 
 from executions import audit, packages
-from executions.errors import Conflict, InstallFailed, NotFound, PackageDenied
+from executions.errors import Conflict, Forbidden, InstallFailed, NotFound, PackageDenied
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Agent, Execution, Package, PackageLock, Sandbox, Template
@@ -95,6 +95,8 @@ async def install_for_agent(*, caller: Caller, agent: str | None = None, require
 
 def _acting(caller: Caller, agent: str | None) -> tuple[Caller, Template]:
     caller.needs(Scope.RUN)
+    if caller.key is not None and caller.key.backend:
+        raise caller.denied(Forbidden("A test key changes no agent's packages; name a session."))
     caller = _as(caller, agent)
     assert caller.agent is not None
     return caller, find_template(caller.agent, None)

@@ -38,6 +38,8 @@ def sandboxes_of(caller: Caller) -> QuerySet[Sandbox]:
     """Those of the caller's team, or of their agent where the key has one."""
     caller.needs(Scope.READ)
     found = Sandbox.objects.filter(team=caller.team).select_related("agent", "template")
+    if caller.key is not None and caller.key.backend:
+        found = found.filter(backend=caller.key.backend)
     return found.filter(agent=caller.key.agent_id) if caller.key is not None and caller.key.agent_id else found
 
 

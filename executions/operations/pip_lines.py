@@ -14,6 +14,7 @@ from executions.operations.submit import caller_of
 
 LINE = re.compile(r"^[%!]\s*(?:(?:uv|python3?\s+-m)\s+)?pip3?\s+install\b(.*)$")
 HARMLESS = {"-q", "--quiet", "-U", "--upgrade", "--user", "--no-input", "--disable-pip-version-check"}
+MOST_LINES = 20
 QUOTES = ('"""', "'''")
 
 
@@ -28,10 +29,15 @@ async def heeded(execution: Execution) -> str:
         return code
     if not backends.get(sandbox.backend).capabilities.packages:
         return code
-    lines, open_quote = code.split("\n"), ""
+    lines, open_quote, carried_out = code.split("\n"), "", 0
+    until = asyncio.get_running_loop().time() + execution.timeout_seconds  # of all lines together
     for number, line in enumerate(lines):
         if not open_quote and (found := LINE.match(line)):
-            text, ok = await _carried_out(execution, found[1])
+            carried_out += 1
+            if carried_out > MOST_LINES:
+                text, ok = f"Not installed: at most {MOST_LINES} such lines of a cell are carried out.", False
+            else:
+                text, ok = await _carried_out(execution, found[1], until)
             where = "" if ok else ", file=__import__('sys').stderr"
             lines[number] = f"print({text!r}{where})"
             continue
@@ -52,7 +58,7 @@ def _open_after(line: str, quote: str) -> str:
         quote = "" if quote else q
 
 
-async def _carried_out(execution: Execution, arguments: str) -> tuple[str, bool]:
+async def _carried_out(execution: Execution, arguments: str, until: float) -> tuple[str, bool]:
     """One sentence, and whether all is there now."""
     try:
         words = [word for word in shlex.split(arguments, comments=True) if word not in HARMLESS]
@@ -60,7 +66,7 @@ async def _carried_out(execution: Execution, arguments: str) -> tuple[str, bool]
         if not asked:
             return "Nothing to install: name the packages.", False
         assert execution.sandbox is not None
-        async with asyncio.timeout(execution.timeout_seconds):
+        async with asyncio.timeout_at(until):
             done = await install_into(caller_of(execution), execution.sandbox, asked, execution)
     except ValueError:
         return "That line cannot be read.", False

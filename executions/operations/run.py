@@ -332,7 +332,7 @@ class Run:
             mine = Execution.objects.filter(pk=self.execution.pk)
             if not look:
                 return None
-            mine.update(heartbeat_at=timezone.now())
+            mine.filter(heartbeat_at__isnull=False).update(heartbeat_at=timezone.now())  # empty: it was given back
         return mine.filter(cancel_requested_at__isnull=False).values_list("cancel_reason", flat=True).first()
 
     # End

@@ -339,7 +339,7 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
                 raise IllegalTransition(f"{execution.pk}: it has ended, or was given to another process.")
             attempt = Attempt.objects.create(
                 execution=execution,
-                number=len(execution.tried) + 1,
+                number=execution.tried[-1].number + 1 if execution.tried else 1,
                 backend=alias,
                 sandbox=sandbox,
             )
@@ -353,7 +353,7 @@ def next_attempt(*, caller: Caller, execution: Execution, alias: str) -> Sandbox
 
 
 def _skip(execution: Execution, alias: str, why: str, code: str) -> None:
-    number = len(execution.tried) + 1
+    number = execution.tried[-1].number + 1 if execution.tried else 1
     fields = {"outcome": AttemptOutcome.SKIPPED, "reason": why[:500], "code": code}
     execution.tried.append(Attempt.objects.create(execution=execution, number=number, backend=alias, **fields))
 
@@ -384,7 +384,10 @@ _session = hot.Compiled(
 def find_session(caller: Caller, session_id: str) -> Sandbox:
     """A session of the caller's team, and of their agent when they have one. Another's is not found."""
     sandbox = next(iter(_session(session_id, caller.team.pk)), None)
-    if sandbox is None or (caller.key is not None and caller.key.agent_id not in (None, sandbox.agent_id)):
+    key = caller.key
+    if sandbox is None or (
+        key and (key.agent_id not in (None, sandbox.agent_id) or key.backend not in ("", sandbox.backend))
+    ):
         raise NotFound(
             f"There is no session {session_id}.",
             field="session_id",

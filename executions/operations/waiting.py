@@ -41,6 +41,7 @@ QUEUE = "queue"  # the doorbell's name
 log = logging.getLogger(__name__)
 
 _nudged: asyncio.Event | None = None
+_unclaimed_ones = hot.Compiled(lambda: Execution.objects.filter(ended_at=None, heartbeat_at=None).only("pk")[:1])
 
 
 def nudge() -> None:
@@ -94,9 +95,13 @@ async def _hear() -> None:
 
 async def look() -> int:
     """One round; returns how many still wait."""
+    if not await rows(_unclaimed_ones):
+        return 0  # as after most runs, of which each has this looked at
     claimed, ended = await rows(_claim_left) if len(run._runs) < MOST_RUNNING else ([], [])
+    for execution in claimed:  # before anything else can fail: nobody else would start them
+        run.start(execution)
     started, given_up, left = await rows(_next_ones)
-    for execution in claimed + started:
+    for execution in started:
         run.start(execution)
     for execution in ended + given_up:
         await journal.ring(execution.pk)

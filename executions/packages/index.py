@@ -276,6 +276,7 @@ def _login(url: str) -> tuple[str, str] | None:
     """The credentials of the index that this file is on."""
     for index in (settings.PACKAGE_INDEX_PRIVATE, settings.PACKAGE_INDEX):
         parts = urlsplit(index)
-        if parts.username and parts.hostname == urlsplit(url).hostname and parts.port == urlsplit(url).port:
+        file = urlsplit(url)
+        if parts.username and (parts.scheme, parts.hostname, parts.port) == (file.scheme, file.hostname, file.port):
             return unquote(parts.username), unquote(parts.password or "")
     return None

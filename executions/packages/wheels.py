@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from email.parser import HeaderParser
 from functools import lru_cache
@@ -24,7 +25,7 @@ EXPANSION_FREE_BYTES = 32 << 20
 FILES = 60_000
 METADATA_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
-LEFT_OUT = re.compile(r"[^/]*\.pth|sitecustomize\.py|usercustomize\.py")  # a Python would run these by itself
+LEFT_OUT = re.compile(r"[^/]*\.pth|(site|user)customize([./].*)?")  # a Python would run these by itself
 DATA = re.compile(r"[^/]+\.data/(purelib|platlib)/(.+)")
 GLIBC = 28  # manylinux_2_28: what uv resolves for, and any machine of these days has
 LICENCES = {
@@ -68,7 +69,16 @@ def examined(path: Path, *, wheel: str, name: str, version: str) -> dict[str, ob
             headers = HeaderParser().parsestr(_metadata(archive, wheel))
     except InstallFailed:
         raise
-    except (InvalidWheelFilename, zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError) as problem:
+    except (
+        InvalidWheelFilename,
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+    ) as problem:
         raise InstallFailed(f"{wheel} is no wheel that can be read: {problem}") from None
     inside = (canonicalize_name(headers.get("Name", "")), headers.get("Version", "").strip())
     is_it = inside[0] == name and _same(inside[1], version)
@@ -93,12 +103,21 @@ def _check(archive: zipfile.ZipFile, packed: int, wheel: str) -> None:
         raise InstallFailed(f"{wheel} would unpack to {unpacked:,} bytes, out of {packed:,}: it is not unpacked.")
     for entry in entries:
         kind = stat.S_IFMT(entry.external_attr >> 16)
-        path = PurePosixPath(entry.filename)
+        inside = _inside(entry.filename)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise InstallFailed(f"{wheel} has a link or a device in it: {entry.filename[:100]!r}.")
         odd = any(ord(letter) < 32 or letter == "\\" for letter in entry.orig_filename)
-        if path.is_absolute() or ".." in path.parts or odd or len(entry.filename) > 1000 or ":" in path.parts[0]:
+        if inside is None or odd or len(entry.filename) > 1000 or ":" in inside.parts[0]:
             raise InstallFailed(f"{wheel} has a path that leads out of it: {entry.filename[:100]!r}.")
+
+
+def _inside(name: str) -> PurePosixPath | None:
+    """The path below where it is unpacked; None for one that leads elsewhere, also once it has lost `x.data/purelib/`."""
+    for told in (name, found[2] if (found := DATA.fullmatch(name)) else name):
+        path = PurePosixPath(told)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            return None
+    return path
 
 
 def _metadata(archive: zipfile.ZipFile, wheel: str) -> str:
@@ -128,16 +147,24 @@ def _needs(lines: list[str]) -> Iterator[str]:
 
 def unpack(path: Path, target: Path) -> None:
     """An examined wheel into a folder that Python imports from, readable by all; what a Python would run by itself stays out."""
+    try:
+        _unpack(path, target)
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, RuntimeError, EOFError, zlib.error) as problem:
+        raise InstallFailed(f"{path.name} cannot be unpacked: {problem}") from None
+
+
+def _unpack(path: Path, target: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            name = entry.filename
-            if spread := DATA.fullmatch(name):
-                name = spread[2]
-            elif re.match(r"[^/]+\.data/", name):
+            if entry.is_dir() or (re.match(r"[^/]+\.data/", entry.filename) and not DATA.fullmatch(entry.filename)):
                 continue  # scripts, headers, files for elsewhere
-            if entry.is_dir() or LEFT_OUT.fullmatch(name):
+            inside = _inside(entry.filename)
+            if inside is None:
+                raise InstallFailed(f"{path.name} has a path that leads out of it: {entry.filename[:100]!r}.")
+            name = str(inside)
+            if LEFT_OUT.fullmatch(name):
                 continue
-            place = target.joinpath(*PurePosixPath(name).parts)
+            place = target / inside
             place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             left = entry.file_size
             with archive.open(entry) as source, place.open("wb") as file:

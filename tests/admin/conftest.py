@@ -14,6 +14,7 @@ from executions.keys import Caller
 from executions.models import (
     Advisory,
     Agent,
+    AnswerRecord,
     Approval,
     Artifact,
     Attempt,
@@ -53,7 +54,7 @@ PIN = {
 }  # fmt: skip
 
 MODELS = [
-    "advisory", "agent", "apikey", "approval", "artifact", "attempt", "attestation", "auditevent", "audithead",
+    "advisory", "agent", "answerrecord", "apikey", "approval", "artifact", "attempt", "attestation", "auditevent", "audithead",
     "backendstate", "claim", "costtotal", "egress", "event", "execution", "idempotencyrecord", "ledgerentry",
     "membership", "metrictotal", "package", "packagelock", "packagepolicy", "pool", "providercharge", "quota", "rate",
     "refusal", "sandbox", "signinlink", "team", "template", "transition", "usage", "user",
@@ -206,6 +207,7 @@ def one_of_everything(template: Template) -> dict:
         "idempotencyrecord": IdempotencyRecord.objects.create(
             agent=agent, token=name, fingerprint="", execution=execution
         ),
+        "answerrecord": AnswerRecord.objects.create(key=key, token=name, fingerprint="", status=201, body="{}"),
         "metrictotal": MetricTotal.objects.create(name="sandgate_refusals_total", labels=f'["{name}"]', value=1),
         "ledgerentry": LedgerEntry.objects.create(
             team=team, quota=quota, sandbox=sandbox, execution=execution, kind="spend", amount_nano_usd=5

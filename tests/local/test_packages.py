@@ -119,11 +119,14 @@ async def test_an_agents_packages_are_seen_by_its_own_sandboxes_alone_and_cannot
     await operations.install_for_agent(caller=caller, requirements=["greeting"])
     other = await rows(Agent.objects.create, team=team, name="other", isolation_floor="none")
 
-    look = "import os; print(os.listdir('/opt/layers'), os.listdir('/opt/packages'))"
+    theirs = str(backends.get("local").layers)
+    look = (
+        f"import os; print(os.path.isdir({theirs!r}) and os.listdir({theirs!r}) or [], os.path.exists('/opt/packages'))"
+    )
     alone = await said(replace(caller, agent=other), look)
     own = await said(caller, f"{look}; open('/opt/packages/greeting.py', 'w')")
 
-    assert alone == "[] []"
+    assert alone == "[] False"
     assert own.startswith("OSError: [Errno 30] Read-only file system")
     assert await rows(lambda: [run.agent.name for run in runs_with(team, "greeting", "1.0")]) == ["etl"]
 

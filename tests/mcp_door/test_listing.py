@@ -72,7 +72,8 @@ async def test_names_arguments_and_defaults_are_the_contract(key):
 
     arguments = {name: list(schema["properties"]) for name, schema in tools.items()}
     assert arguments["execute_code"] == [
-        "code", "language", "session_id", "keep_session", "files", "timeout_seconds", "idempotency_key"
+        "code", "language", "session_id", "keep_session", "files", "timeout_seconds", "max_cost_usd",
+        "idempotency_key",
     ]  # fmt: skip
     assert arguments["run_script"] == ["path", "session_id", "args", "timeout_seconds", "idempotency_key"]
     assert arguments["install_package"] == ["packages", "session_id"]

@@ -228,7 +228,7 @@ def test_the_rules_of_the_document_name_metrics_that_exist():
     }
     assert named
     assert named <= exported
-    assert rules.count("alert:") == 5
+    assert rules.count("alert:") == 6
 
 
 def test_what_the_code_counts_stands_in_the_table_and_the_other_way_round():

@@ -6,7 +6,7 @@ import os
 
 HOME, TMP = "/home/user", "/tmp"  # as everybody names them
 
-LAYERS, LAYER = "/opt/layers", "/opt/packages"  # of all sandboxes, and this one's own
+LAYER = "/opt/packages"  # what this agent's sandboxes find there from the beginning
 
 home, tmp = HOME, TMP  # where they are
 reduced = False  # no mount hides the rest of the machine

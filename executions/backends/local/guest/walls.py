@@ -81,8 +81,10 @@ def enclose(plan: dict, keep: set[int], filter_program: bytes) -> None:
         os.chdir(plan["home"])
         restrict(plan, keep, filter_program)
         return
-    _mount_private_folders(plan["limits"], plan["shadowed"], plan["counted"])
-    _mount_layer(plan.get("layer", ""))
+    layer = f"{plan['layers']}/{plan['layer']}" if plan.get("layer") else ""
+    opened = os.open(layer, os.O_PATH) if layer else -1  # what comes next may cover it
+    _mount_private_folders(plan["limits"], plan["shadowed"], plan["counted"], layer)
+    _mount_layer(plan["layers"], layer, opened)
     restrict(plan, keep, filter_program)
 
 
@@ -96,7 +98,7 @@ def restrict(plan: dict, keep: set[int], filter_program: bytes) -> None:
     seccomp.install(filter_program)
 
 
-def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool) -> None:
+def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool, layer: str) -> None:
     opened = {path: os.open(path, os.O_PATH) for path in shadowed}
     flags = linux.MS_NOSUID | linux.MS_NODEV
     own = f"uid={USER},gid={USER}"
@@ -123,6 +125,8 @@ def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool) -> 
         linux.mount("/run/zero", "/dev/zero", None, linux.MS_BIND)
         linux.harden("/dev/zero")
         os.unlink("/run/zero")
+    if layer:
+        os.symlink(layer, "/run/packages")
     linux.harden("/run")
     for path, descriptor in opened.items():  # an interpreter below a private folder stays at its path
         os.makedirs(path, exist_ok=True)
@@ -131,11 +135,20 @@ def _mount_private_folders(limits: dict, shadowed: list[str], counted: bool) -> 
     os.chdir("/home/user")
 
 
-def _mount_layer(name: str) -> None:
-    """Show the sandbox its own packages, and nobody else's. What is mounted here is read-only already."""
-    if name:
-        linux.mount(f"{places.LAYERS}/{name}", places.LAYER, None, linux.MS_BIND)
-    linux.mount("/mnt", places.LAYERS, None, linux.MS_BIND)  # which is empty
+def _mount_layer(layers: str, layer: str, opened: int) -> None:
+    """Show the sandbox its own packages, read-only as they are, and hide everybody else's."""
+    seen = os.path.isdir(layers)  # not where a private folder has covered it
+    if not layer:
+        if seen:
+            linux.mount("/mnt", layers, None, linux.MS_BIND)  # which is empty
+        return
+    if seen:
+        linux.mount("sandbox", layers, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=4k,nr_inodes=8,mode=755")
+    os.makedirs(layer, exist_ok=True)
+    linux.mount(f"/proc/self/fd/{opened}", layer, None, linux.MS_BIND)
+    os.close(opened)
+    if seen:
+        linux.harden(layers)
 
 
 def _close_all_but(keep: set[int]) -> None:

@@ -10,7 +10,7 @@ from guest import linux
 
 HERE = Path(__file__).resolve().parent.parent
 OURS = "/opt/sandgate"  # the guest's part of this product, inside
-LAYERS = "/opt/layers"  # the folders of packages; each sandbox covers them, and sees its own at /opt/packages
+OWN_PACKAGES = ("opt/packages", "/run/packages")  # each sandbox has a link there to its agent's
 SHADOWED = ("/home/user", "/tmp", "/dev/shm")  # private to each sandbox, mounted over whatever is there
 LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SHOWN_OF_ETC = (
@@ -42,7 +42,7 @@ EMPTY = (
     "root",
     "etc/ssl",
     "etc/pki/tls",
-    "opt/packages",
+    "opt",
 )
 
 
@@ -62,7 +62,7 @@ def build(at: str, shown: list[str], layers: str) -> None:
     """Build the root on a tmpfs at `at` (an empty folder) in the caller's own mount namespace, and move into it."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     opened = {path: os.open(path, os.O_PATH) for path in shown}  # the new mount may cover them
-    opened[LAYERS] = os.open(layers, os.O_PATH)
+    opened[layers] = os.open(layers, os.O_PATH)  # at their own path, so that no mount tells of another one
     linux.mount("sandgate", at, "tmpfs", linux.MS_NOSUID, "size=16m,nr_inodes=4096,mode=755")
     root = Path(at)
     for folder in EMPTY:
@@ -79,6 +79,7 @@ def build(at: str, shown: list[str], layers: str) -> None:
         if os.path.exists(f"/etc/{name}"):
             _show(f"/etc/{name}", root / "etc" / name)
     (root / "var/tmp").symlink_to("/tmp")
+    (root / OWN_PACKAGES[0]).symlink_to(OWN_PACKAGES[1])
     for device in DEVICES:
         (root / "dev" / device).touch()
         linux.mount(f"/dev/{device}", str(root / "dev" / device), None, linux.MS_BIND)

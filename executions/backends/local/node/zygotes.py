@@ -56,6 +56,7 @@ class Zygote:
         shadowed = [p for p in prefixes if any(p.startswith(s + "/") for s in root.SHADOWED)]
         self._plan = {
             "self_map": self.block is None, "counted": self.tree is not None, "shadowed": shadowed,
+            "layers": str(self.run_dir / "layers"),
             "reduced": self.below is not None,
         }  # fmt: skip
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
