@@ -159,7 +159,9 @@ async def _send(delivery: Delivery) -> None:
     try:
         secret = opened(delivery.webhook.secret, PURPOSE)
         if secret is None:
-            raise posting.NotSent("Its secret was sealed under another SECRET_KEY: make the webhook anew.")
+            raise posting.NotSent(
+                "Its secret was sealed under another SECRET_KEY: give the webhook a new one (rotate)."
+            )
         signed = posting.signature(secret, name, timestamp, body)
         status = await posting.post(
             delivery.webhook.url,

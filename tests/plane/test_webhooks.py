@@ -382,3 +382,41 @@ async def test_what_was_delivered_is_forgotten_after_days(caller, manager, recei
     await Delivery.objects.aupdate(ended_at=timezone.now() - timedelta(days=4))
 
     assert await rows(deliver.prune) == 1
+
+
+async def test_over_rest_a_secret_is_shown_once_and_dead_messages_are_listed_and_sent_again(
+    async_client, caller, team, receiver
+):
+    _, token = await rows(lambda: keys.make_key(team=team, name="rest", scopes=list(Scope.values)))
+
+    async def call(method: str, path: str, body: dict | None = None, **headers):
+        return await async_client.generic(
+            method,
+            f"/api/v1/webhooks{path}",
+            json.dumps(body or {}),
+            headers={"Authorization": f"Bearer {token}", **headers},
+        )
+
+    once = {"Idempotency-Key": "one"}
+    made = await call("POST", "", {"url": receiver.url, "states": ["succeeded"]}, **once)
+    again = await call("POST", "", {"url": receiver.url, "states": ["succeeded"]}, **once)
+    here = f"/{made.json()['id']}"
+    assert (made.status_code, made.json()["secret"][:6], again.json()["secret"]) == (201, "whsec_", None)
+    assert again.json()["id"] == made.json()["id"]
+    assert "secret" not in (await call("GET", here)).json()
+    rotated = (await call("POST", f"{here}/rotate")).json()["secret"]
+    assert rotated not in ("", made.json()["secret"])
+
+    await run(caller)
+    await tell()
+    await Delivery.objects.aupdate(state="dead", ended_at=timezone.now())
+    assert (await call("GET", here)).json()["dead"] == 1
+    [letter] = (await call("GET", f"{here}/deliveries?state=dead")).json()["results"]
+    assert (letter["execution_state"], letter["message_id"]) == ("succeeded", receiver.told[0][0])
+    assert (await call("POST", f"{here}/deliveries/{letter['id']}/resend")).status_code == 202
+    await tell()
+    assert len(receiver.got) == 2
+    assert (await call("GET", f"{here}/deliveries?state=lost")).status_code == 400
+    assert (await call("PATCH", here, {"url": "https://10.0.0.1/"})).status_code == 400
+    assert (await call("DELETE", here)).status_code == 204
+    assert (await call("GET", here)).status_code == 404
