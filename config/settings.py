@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 
 import environ
@@ -220,6 +221,13 @@ ARTIFACTS_MAX_FILES = env.int("SANDGATE_ARTIFACTS_MAX_FILES", default=100)  # of
 ARTIFACTS_MAX_BYTES = env.int("SANDGATE_ARTIFACTS_MAX_BYTES", default=256 * 1024 * 1024)  # of one sandbox
 ARTIFACTS_TOTAL_BYTES = env.int("SANDGATE_ARTIFACTS_TOTAL_BYTES", default=10 * 1024**3)
 KEEP_GRACE_SECONDS = 20  # beyond its end, for which a sandbox whose files are kept is paid, too
+
+WEBHOOK_NETWORKS = env.list("SANDGATE_WEBHOOK_NETWORKS", default=[])  # told although they are not public
+try:
+    WEBHOOK_NETWORKS = [str(ip_network(text.strip())) for text in WEBHOOK_NETWORKS]
+except ValueError as problem:
+    MISTAKES.append(f"SANDGATE_WEBHOOK_NETWORKS: {problem}.")
+    WEBHOOK_NETWORKS = []
 
 METRICS_TOKEN = env.str("SANDGATE_METRICS_TOKEN", default="")
 if 0 < len(METRICS_TOKEN) < 16:

@@ -128,6 +128,14 @@ class EgressVerdict(TextChoices):
     FAILED = "failed"  # allowed, but nobody answered
 
 
+class DeliveryState(TextChoices):
+    """What became of a message to a webhook."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    DEAD = "dead"  # tried often enough; a person or a program may send it again
+
+
 class Role(TextChoices):
     OWNER = "owner"
     OPERATOR = "operator"

@@ -2,8 +2,8 @@
 
 from django.contrib import admin
 
-from executions.admin import agents, machines, money, network, packages, people, pools, records, runs
+from executions.admin import agents, machines, money, network, packages, people, pools, records, runs, webhooks
 
 admin.site.index_title = "Overview"
 
-__all__ = ["agents", "machines", "money", "network", "packages", "people", "pools", "records", "runs"]
+__all__ = ["agents", "machines", "money", "network", "packages", "people", "pools", "records", "runs", "webhooks"]

@@ -58,6 +58,8 @@ LOOKS = {
     "pending": "queued",
     "blocked": "succeeded",
     "whole": "succeeded",
+    "delivered": "succeeded",
+    "dead": "errored",
     "holes": "failed",
     "hole": "failed",
 }

@@ -17,6 +17,7 @@ from executions.api import (
     problems,
     reading,
     sessions,
+    webhooks,
     workflows,
 )
 from executions.api.operation import methods, operation
@@ -80,6 +81,14 @@ urlpatterns = [
     path("api/v1/keys", methods(GET=keys.every, POST=keys.create)),
     path("api/v1/keys/<str:key_id>", methods(GET=keys.look, DELETE=keys.revoke)),
     path("api/v1/keys/<str:key_id>/rotate", methods(POST=keys.rotate)),
+    path("api/v1/webhooks", methods(GET=webhooks.every, POST=webhooks.create)),
+    path(
+        "api/v1/webhooks/<str:webhook_id>",
+        methods(GET=webhooks.look, PATCH=webhooks.change, DELETE=webhooks.remove),
+    ),
+    path("api/v1/webhooks/<str:webhook_id>/rotate", methods(POST=webhooks.rotate)),
+    path("api/v1/webhooks/<str:webhook_id>/deliveries", methods(GET=webhooks.deliveries)),
+    path("api/v1/webhooks/<str:webhook_id>/deliveries/<str:delivery_id>/resend", methods(POST=webhooks.resend)),
     path("api/v1/templates", methods(GET=reading.templates)),
     path("api/v1/backends", methods(GET=reading.backends)),
     path("api/v1/environment", methods(GET=reading.environment)),

@@ -20,6 +20,7 @@ from executions.models.records import (
 from executions.models.reports import CostTotal, ProviderCharge
 from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent, ApiKey, Membership, SignInLink, Team, User
+from executions.models.webhooks import Delivery, Webhook
 
 __all__ = [
     "Advisory",
@@ -35,6 +36,7 @@ __all__ = [
     "BackendState",
     "Claim",
     "CostTotal",
+    "Delivery",
     "Egress",
     "Event",
     "Execution",
@@ -59,5 +61,6 @@ __all__ = [
     "Transition",
     "Usage",
     "User",
+    "Webhook",
     "new_id",
 ]

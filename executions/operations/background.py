@@ -11,13 +11,14 @@ from django.conf import settings
 
 from executions import metrics
 from executions.hop import rows
-from executions.operations import artifacts, locks, probe, replenish, sessions, templates, waiting
+from executions.operations import artifacts, deliver, locks, probe, replenish, sessions, templates, waiting
 from executions.operations.reap import kill_orphans, reap
 from executions.reports import totals
 
 ORPHANS_EVERY = 15  # rounds: listing what a provider has is a request to it
 METRICS_EVERY = 2
 COSTS_EVERY = 5
+WEBHOOKS_EVERY = 0.5
 PROBES_EVERY = 0.25
 PRUNE_EVERY = 150
 LAG_SECONDS = 0.25
@@ -38,9 +39,11 @@ async def background() -> None:
             _rounds("artifacts", _prune, every=PRUNE_EVERY),
             _rounds("metrics", _flush, every=METRICS_EVERY),
             _rounds("costs", _roll_up, every=COSTS_EVERY),
+            _rounds("webhooks", _tell, every=WEBHOOKS_EVERY),
             _measure_lag(),
         )
     finally:
+        await deliver.stop()
         await templates.stop_building()
         await _flush()
 
@@ -71,11 +74,16 @@ async def _prune() -> None:
     if removed := await artifacts.prune():
         log.info("artifacts_let_go", extra={"contents": removed})
     await locks.sweep()
+    await rows(deliver.prune)
 
 
 async def _roll_up() -> None:
     while await rows(totals.roll_up, 1) == totals.BATCH:
         pass
+
+
+async def _tell() -> None:
+    await deliver.look()
 
 
 async def _flush() -> None:

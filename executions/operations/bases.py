@@ -68,7 +68,8 @@ async def of_sandbox(sandbox: Sandbox, handle: dict[str, Any] | None = None) -> 
 
 async def said(sandbox: Sandbox, command: str, handle: dict[str, Any]) -> str:
     """What a command in the sandbox has printed. Raises InstallFailed where it fails."""
-    out, err, code, size = [], [], None, 0
+    out, err = list[str](), list[str]()
+    code, size = None, 0
     async for event in backends.get(sandbox.backend).run_command(handle, command, timeout_seconds=120):
         match event.kind:
             case "stdout":

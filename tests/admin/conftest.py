@@ -23,6 +23,7 @@ from executions.models import (
     BackendState,
     Claim,
     CostTotal,
+    Delivery,
     Egress,
     Event,
     Execution,
@@ -45,6 +46,7 @@ from executions.models import (
     Transition,
     Usage,
     User,
+    Webhook,
 )
 from executions.states import Scope, Unit, Window
 
@@ -55,9 +57,9 @@ PIN = {
 
 MODELS = [
     "advisory", "agent", "answerrecord", "apikey", "approval", "artifact", "attempt", "attestation", "auditevent", "audithead",
-    "backendstate", "claim", "costtotal", "egress", "event", "execution", "idempotencyrecord", "ledgerentry",
+    "backendstate", "claim", "costtotal", "delivery", "egress", "event", "execution", "idempotencyrecord", "ledgerentry",
     "membership", "metrictotal", "package", "packagelock", "packagepolicy", "pool", "providercharge", "quota", "rate",
-    "refusal", "sandbox", "signinlink", "team", "template", "transition", "usage", "user",
+    "refusal", "sandbox", "signinlink", "team", "template", "transition", "usage", "user", "webhook",
 ]  # fmt: skip
 CONFIGURATION = ["agent", "apikey", "membership", "packagepolicy", "pool", "quota", "rate", "team", "template", "user"]
 
@@ -139,6 +141,8 @@ def one_of_everything(template: Template) -> dict:
     Quota.objects.create(key=key, unit=Unit.CONCURRENT_EXECUTIONS, limit=4)
     who = {"team": team, "agent": agent, "key": key, "actor": person}
     pool = Pool.objects.create(backend="scripted", template=template, network_allow=[f"{name}.example"], target=2)
+    webhook = Webhook.objects.create(team=team, url=f"https://{name}.example/<b>", secret="sealed")
+    step = Transition.objects.filter(execution=execution).last()
     warm = a_sandbox(agent, template, "booting", "idle", "leased", pool=pool, made_of="0" * 16)
     return {
         "agent": agent,
@@ -193,6 +197,9 @@ def one_of_everything(template: Template) -> dict:
             cost_nano_usd=1,
         ),
         "claim": Claim.objects.create(sandbox=warm, pool=pool, took_us=2000, reserved_nano_usd=5),
+        "delivery": Delivery.objects.create(
+            webhook=webhook, execution=execution, transition=step, state="dead", error="<i>Answered 500"
+        ),
         "egress": Egress.objects.create(
             sandbox=sandbox,
             execution=execution,
@@ -236,4 +243,5 @@ def one_of_everything(template: Template) -> dict:
         "transition": Transition.objects.filter(execution=execution).first(),
         "usage": a_cost(agent, sandbox, 5, execution=execution),
         "user": person,
+        "webhook": webhook,
     }
