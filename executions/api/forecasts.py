@@ -108,11 +108,11 @@ def _what_if(request: HttpRequest) -> HttpResponse:
 
 def _bill(request: HttpRequest) -> tuple[Caller, str, dict[str, Any]]:
     caller = _reader(request, {"backend", "from", "to", "listed"})
-    if caller.key is not None and caller.key.agent_id:
-        raise caller.denied(Forbidden("A bill is the whole team's: use a key of the team."))
     alias = request.GET.get("backend", "e2b")
     if alias not in settings.SANDBOXES:
         raise Invalid(f"backend: {alias!r} is none of {', '.join(settings.SANDBOXES)}.", field="backend")
+    if caller.key is not None and caller.key.agent_id:
+        raise caller.denied(Forbidden("A bill is the whole team's: use a key of the team."))
     totals.roll_up(batches=BATCHES)
     last = day_of(request, "to") or timezone.now().astimezone(UTC).date()
     first = day_of(request, "from") or last - timedelta(days=BILL_DAYS - 1)

@@ -84,6 +84,8 @@ async def install_for_agent(*, caller: Caller, agent: str | None = None, require
     assert caller.agent is not None
     for_whom = Who(caller, caller.agent)
     await rows(_denied_at_once, for_whom, asked)
+    if caller.key is not None and caller.key.backend:
+        raise caller.denied(Forbidden("A test key changes no agent's packages; name a session."))
     base = await asyncio.to_thread(bases.of_template, template)
     for _ in range(ONES):
         before = await rows(_lock_of, caller.agent)
@@ -95,8 +97,6 @@ async def install_for_agent(*, caller: Caller, agent: str | None = None, require
 
 def _acting(caller: Caller, agent: str | None) -> tuple[Caller, Template]:
     caller.needs(Scope.RUN)
-    if caller.key is not None and caller.key.backend:
-        raise caller.denied(Forbidden("A test key changes no agent's packages; name a session."))
     caller = _as(caller, agent)
     assert caller.agent is not None
     return caller, find_template(caller.agent, None)

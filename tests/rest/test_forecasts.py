@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from django.utils import timezone
 
+from executions import keys
 from executions.backends.base import Listed
 from executions.backends.scripted import ScriptedBackend
 from executions.hop import rows
@@ -15,6 +16,11 @@ from tests.rest.test_costs import _spend, call  # noqa: F401
 
 pytestmark = pytest.mark.django_db
 COSTS = "/api/v1/costs"
+
+
+def of_the_team(team) -> str:
+    """A key that names no agent."""
+    return keys.make_key(team=team, name="books", scopes=["read"])[1]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +52,7 @@ async def test_the_same_time_is_priced_on_each_backend_and_plan_and_unpriced_whe
     assert float(found["e2b", "Pro"]) > float(found["e2b", "Hobby"])
 
 
-async def test_a_bill_stands_beside_the_ledger_with_the_difference_in_dollars(call, agent, eve_key):  # noqa: F811
+async def test_a_bill_stands_beside_the_ledger_with_the_difference_in_dollars(call, agent, eve):  # noqa: F811
     noon = datetime.now(UTC) - timedelta(days=1)
     usage = await rows(_spend, agent, noon, 1_000)
     await Sandbox.objects.filter(pk=usage.sandbox_id).aupdate(handle={"sandbox_id": "sbxa", "e2b_id": "i1"})
@@ -55,16 +61,18 @@ async def test_a_bill_stands_beside_the_ledger_with_the_difference_in_dollars(ca
             backend="e2b", day=noon.date(), sandbox=name, nano_usd=nano_usd, source="november.csv"
         )
 
-    told = (await call(f"{COSTS}/bills")).json()
-    theirs = (await call(f"{COSTS}/bills", token=eve_key)).json()
+    told = (await call(f"{COSTS}/bills", token=await rows(of_the_team, agent.team))).json()
+    theirs = (await call(f"{COSTS}/bills", token=await rows(lambda: of_the_team(eve.memberships.get().team)))).json()
+    refused = await call(f"{COSTS}/bills")
 
     (day,) = told["results"]
     assert (day["ledger_usd"], day["bill_usd"], day["difference_usd"]) == ("0.000001", "0.0000015", "0.0000005")
     assert told["difference_usd"] == "0.0000005"
     assert (theirs["results"], theirs["difference_usd"]) == ([], None)
+    assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
 
 
-async def test_what_a_provider_lists_is_compared_with_what_is_open_here(call, agent, eve_key, monkeypatch):  # noqa: F811
+async def test_what_a_provider_lists_is_compared_with_what_is_open_here(call, agent, eve, monkeypatch):  # noqa: F811
     long_ago = timezone.now() - timedelta(hours=1)
     ended = (await rows(_spend, agent, long_ago, 1)).sandbox_id
     missing = (await rows(_spend, agent, long_ago, 1)).sandbox_id
@@ -78,8 +86,9 @@ async def test_what_a_provider_lists_is_compared_with_what_is_open_here(call, ag
         return [*(Listed(name, {}, long_ago.isoformat()) for name in names), Listed("", {"e2b_id": "i9"})]
 
     monkeypatch.setattr(ScriptedBackend, "list", listed)
-    told = (await call(f"{COSTS}/bills", listed=1)).json()["listed"]
-    theirs = (await call(f"{COSTS}/bills", token=eve_key, listed=1)).json()["listed"]
+    told = (await call(f"{COSTS}/bills", listed=1, token=await rows(of_the_team, agent.team))).json()["listed"]
+    theirs = await call(f"{COSTS}/bills", listed=1, token=await rows(lambda: of_the_team(eve.memberships.get().team)))
+    theirs = theirs.json()["listed"]
 
     assert told["both"] == 1
     assert {(one["sandbox_id"], one["is_listed"]) for one in told["odd"]} == {(ended, True), (missing, False)}

@@ -36,6 +36,8 @@ def real(caller, team) -> dict[str, str]:
         "artifact_id": Artifact.objects.get(execution=execution.id).pk,
         "workflow": "w",
         "agent_id": other.pk,
+        "webhook_id": "whk_none",
+        "delivery_id": "1",
         "key_id": keys.make_key(team=team, agent=other, name="other")[0].pk,
     }
 

@@ -307,7 +307,12 @@ MATRIX = {  # route: (method, what Ada's full key gets, a read-only key, Eve's k
     "api/v1/costs": ("GET", 200, 200, 200),
     "api/v1/costs/forecast": ("GET", 200, 200, 200),
     "api/v1/costs/what-if": ("GET", 200, 200, 200),
-    "api/v1/costs/bills": ("GET", 200, 200, 200),
+    "api/v1/costs/bills": ("GET", 403, 403, 403),  # these need a key of the team, too
+    "api/v1/webhooks": ("GET", 403, 403, 403),
+    "api/v1/webhooks/<str:webhook_id>": ("GET", 403, 403, 403),
+    "api/v1/webhooks/<str:webhook_id>/rotate": ("POST", 403, 403, 403),
+    "api/v1/webhooks/<str:webhook_id>/deliveries": ("GET", 403, 403, 403),
+    "api/v1/webhooks/<str:webhook_id>/deliveries/<str:delivery_id>/resend": ("POST", 403, 403, 403),
     "api/v1/audit": ("GET", 200, 403, 200),
     "api/v1/refusals": ("GET", 200, 200, 200),
 }
@@ -342,6 +347,8 @@ async def test_who_gets_what(call, caller, agent, key, eve_key, route):
         "path:workflow": "w",
         "str:agent_id": agent.pk,
         "str:key_id": caller.key.pk,
+        "str:webhook_id": "whk_none",
+        "str:delivery_id": "1",
     }
     if "context_id" in route:
         made = await machines.create_context(caller=caller, session_id=session.pk, language="python", cwd=None)
