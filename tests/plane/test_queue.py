@@ -39,10 +39,8 @@ def found(execution: Execution) -> Execution:
 
 async def ended(execution: Execution) -> Execution:
     """It, once whoever runs it here has come to its end."""
-    here = run.running(execution.pk)
-    assert here
-    assert here.task
-    await asyncio.wait_for(here.task, 20)
+    if (here := run.running(execution.pk)) is not None and here.task is not None:  # else it has ended already
+        await asyncio.wait_for(here.task, 20)
     return await rows(found, execution)
 
 
