@@ -21,7 +21,7 @@ test-sqlite: tools chromium
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-postgresql: tools
-	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 --dist loadfile --ignore tests/rest/test_fuzz.py -m "database and not product and not browser and not runtime and not long" $(ARGS)
+	$(PY) -m tests.servers postgresql $(PY) -m pytest -n 2 --dist loadfile -m "database and not product and not browser and not runtime and not long" $(ARGS)
 
 test-e2b: tools
 	@[ -n "$(E2B_API_KEY)" ] || { echo "This needs a key of E2B's: E2B_API_KEY=e2b_… make test-e2b"; exit 2; }

@@ -16,6 +16,7 @@ import pytest
 
 from executions import operations, packages
 from executions.errors import ApprovalPending, InstallFailed, Invalid, PackageDenied
+from executions.hop import rows
 from executions.models import Advisory, Agent, Approval, AuditEvent, Package, PackagePolicy, Refusal
 from executions.operations import approvals, bases
 from executions.packages import advisories, index, layers, names, wheels
@@ -191,7 +192,7 @@ async def test_what_is_asked_about_waits_for_a_person_and_is_installed_once_appr
     assert waiting.pins[0]["licence"] == ""
     assert waiting.pins[0]["advisories"] is None
     by = caller.__class__(team=caller.team, agent=None, person=ada, door="admin")
-    await asyncio.to_thread(lambda: approvals.settle(waiting, caller=by, approve=True, reason="we know it"))
+    await rows(lambda: approvals.settle(waiting, caller=by, approve=True, reason="we know it"))
     done = await install(caller, "acme")
     assert done.added == {"acme": "2.0", "part": "1.0"}
     assert done.packages[0].reason == "ada has approved acme 2.0 for agent etl"
@@ -206,7 +207,7 @@ async def test_what_a_person_has_denied_stays_denied_with_the_reason(caller, fre
         await install(caller, "acme")
     by = caller.__class__(team=caller.team, agent=None, person=ada, door="admin")
     waiting = await Approval.objects.aget()
-    await asyncio.to_thread(lambda: approvals.settle(waiting, caller=by, approve=False, reason="not maintained"))
+    await rows(lambda: approvals.settle(waiting, caller=by, approve=False, reason="not maintained"))
 
     with pytest.raises(PackageDenied, match=r"ada has denied acme 2\.0: not maintained\."):
         await install(caller, "acme")
@@ -226,8 +227,8 @@ async def test_a_lock_grows_keeps_its_versions_and_can_be_taken_back(caller, fre
     event = await AuditEvent.objects.filter(action="agent_changed").alatest("seq")
     assert event.reason == "packages: +other 1.0"
     by = caller.__class__(team=caller.team, agent=None, person=ada, door="admin")
-    await asyncio.to_thread(lambda: operations.revert(event, caller=by, reason="too much"))
-    assert (await asyncio.to_thread(operations.lock_of, caller, None)).digest == first.lock_hash
+    await rows(lambda: operations.revert(event, caller=by, reason="too much"))
+    assert (await rows(operations.lock_of, caller, None)).digest == first.lock_hash
 
 
 @pytest.mark.django_db(transaction=True)
@@ -237,7 +238,7 @@ async def test_two_who_change_a_lock_at_once_both_get_what_they_asked_for(caller
 
     await asyncio.gather(install(caller, "acme"), install(caller, "other"))
 
-    assert (await asyncio.to_thread(operations.lock_of, caller, None)).versions == {"acme": "1.0", "other": "1.0"}
+    assert (await rows(operations.lock_of, caller, None)).versions == {"acme": "1.0", "other": "1.0"}
 
 
 @pytest.mark.django_db(transaction=True)
@@ -286,7 +287,7 @@ async def test_credentials_of_an_index_are_used_and_never_kept(caller, free, ser
         if path.is_file() and "uv" not in path.relative_to(tmp_path).parts
     ]
     assert not [path for path in kept if b"geheim" in path.read_bytes()]
-    assert "geheim" not in json.dumps((await asyncio.to_thread(operations.lock_of, caller, None)).pins)
+    assert "geheim" not in json.dumps((await rows(operations.lock_of, caller, None)).pins)
 
 
 @pytest.mark.django_db(transaction=True)
