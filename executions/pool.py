@@ -116,11 +116,11 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     Raises BudgetExhausted, QuotaExceeded; capacity.Full and RateUnknown before anything was taken. Call it in the verb's
     transaction.
     """
-    if why := capacity.room(alias):
-        raise capacity.Full(why)
     now = timezone.now()
     memory_mib = fields.pop("memory_mib", template.memory_mib)
     backend, price = backends.get(alias), price_of(alias, template, memory_mib)
+    if why := capacity.room(alias):  # which takes a creation of the plan
+        raise capacity.Full(why)
     rate = price.nano_usd_per_second
     seconds, fits = _worst(seconds, rate, fields)
     budgets = quotas.take(

@@ -192,11 +192,11 @@ def standing(quota: Quota, zone: str, ask: Ask | None = None) -> Standing:
     """As it is now; nothing is written, though its window may be over."""
     now, zone = timezone.now(), zone_of(quota, zone)
     start = window_start(quota.window, zone, now)
-    used = in_use(quota)
+    used = 0 if quota.each else in_use(quota)  # the row of one who has asked for nothing yet
     if start is not None and quota.window_started_at < start:  # nobody has asked in this window yet
         used = spent_since(quota, start) if quota.unit == Unit.NANO_USD else 0
     ends, needed = window_end(quota.window, zone, now), ask.of(quota) if ask else 0
-    return Standing(quota, ceiling(quota, now), used, reserved(quota), ends, needed)
+    return Standing(quota, ceiling(quota, now), used, 0 if quota.each else reserved(quota), ends, needed)
 
 
 _noted: ContextVar[list[Standing] | None] = ContextVar("noted", default=None)

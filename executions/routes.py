@@ -101,6 +101,12 @@ def first(route: Route, claim: Callable[[str], T]) -> T:
     raise refusal
 
 
+def below_floor(agent: Agent, backend: Backend) -> bool:
+    """Whether this backend's walls are weaker than the agent's code may be behind; on each machine they may be others."""
+    floor = agent.isolation_floor or settings.ISOLATION_FLOOR
+    return ISOLATION.index(backend.isolation) < ISOLATION.index(floor)
+
+
 def _none_of(route: Route, waits: list[int]) -> NoBackend:
     """Nothing in the route can take it; `waits` are the seconds after which some of it may."""
     said = "; ".join(f"{left.alias}: {left.why}" for left in route.skipped) or "the route is empty"
@@ -134,7 +140,7 @@ def _unfit(alias: str, agent: Agent, language: str, commands: bool, template: Te
     if agent.stays_here and backend.remote:
         return f"is not on this machine, which the code of agent {agent.name} never leaves"
     floor = agent.isolation_floor or settings.ISOLATION_FLOOR
-    if ISOLATION.index(backend.isolation) < ISOLATION.index(floor):
+    if below_floor(agent, backend):
         return f"its isolation ({backend.isolation}) is below the agent's floor ({floor})"
     return ""
 

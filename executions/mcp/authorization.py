@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,6 +59,9 @@ class Authorize(views.AuthorizationView):
         if request.GET.get("code_challenge_method") != "S256" or not request.GET.get("code_challenge"):
             refused = Invalid("The program asks without PKCE (S256).", remedy="Use a newer version of it.")
             return render(request, "console/problem.html", {"problem": refused.problem()}, status=400)
+        if request.GET.get("prompt", "consent") != "consent":
+            refused = Invalid("prompt: only consent is known here.", field="prompt")
+            return render(request, "console/problem.html", {"problem": refused.problem()}, status=400)
         return _may_redirect(super().get(request, *args, **kwargs), request.GET.get("redirect_uri", ""))
 
     def form_valid(self, form: Any) -> HttpResponse:
@@ -79,6 +83,8 @@ class Authorize(views.AuthorizationView):
 def _may_redirect(response: HttpResponse, uri: str) -> HttpResponse:
     """Browsers hold redirects after a form to form-action, too: the client's own address is let through on this page."""
     parts = urlsplit(uri)
+    if not re.fullmatch(r"[\w.:\[\]-]*", parts.netloc):  # it becomes a part of a header
+        return response
     target = f"{parts.scheme}://{parts.netloc}" if parts.scheme in ("http", "https") else f"{parts.scheme}:"
     response._csp_update = {"form-action": [target]}  # type: ignore[attr-defined]
     return response

@@ -30,7 +30,7 @@ from executions.operations.submit import find_session, submit
 from executions.operations.templates import mistakes, rebuild, template_states
 from executions.operations.verify import verify
 from executions.operations.wait import cancel, execute, find_execution, wait
-from executions.operations.waiting import position, ring
+from executions.operations.waiting import position, ring, stop_taking
 
 __all__ = [
     "FirstStart",
@@ -81,6 +81,7 @@ __all__ = [
     "running",
     "seed",
     "start",
+    "stop_taking",
     "submit",
     "template_states",
     "verify",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 from typing import Any
 
 from django.db import transaction
+from django.db.models import Q
 
 from executions.errors import Invalid, KeyReused, Refused
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Execution, IdempotencyRecord
+from executions.models import BackendState, Execution, IdempotencyRecord, Quota, Sandbox
 from executions.operations import waiting
 from executions.operations.run import start
 from executions.operations.submit import TwinAdmitted, _admitted, asking, record_refusal
@@ -23,12 +25,18 @@ async def execute_all(
     *, caller: Caller, requests: list[Submission], idempotency_key: str | None = None
 ) -> list[Execution]:
     """Admit them all; whichever processes are first run them. Raises Refused, which says at which `index`; then none is."""
-    admitted = await rows(_submit_all, caller, requests, idempotency_key)
-    for execution in admitted:
-        if not execution.replayed and not execution.is_unclaimed:  # its machine is in this process
-            start(execution)
-    await waiting.ring()
-    return admitted
+
+    async def begin() -> list[Execution]:
+        admitted = await rows(_submit_all, caller, requests, idempotency_key)
+        for execution in admitted:
+            if not execution.replayed and not execution.is_unclaimed:  # its machine is in this process
+                start(execution)
+        await waiting.ring()
+        return admitted
+
+    return await asyncio.shield(
+        asyncio.ensure_future(begin())
+    )  # what was admitted is started, though the caller has gone
 
 
 def _submit_all(caller: Caller, requests: list[Submission], idempotency_key: str | None) -> list[Execution]:
@@ -49,6 +57,7 @@ def _submit_all(caller: Caller, requests: list[Submission], idempotency_key: str
 
 @transaction.atomic(durable=True)
 def _admit_all(caller: Caller, requests: list[Submission], token: str | None) -> list[Execution]:
+    _lock(caller, requests)
     admitted = []
     for index, request in enumerate(requests):
         try:
@@ -65,6 +74,19 @@ def _admit_all(caller: Caller, requests: list[Submission], token: str | None) ->
     return admitted
 
 
+def _lock(caller: Caller, requests: list[Submission]) -> None:
+    """All that the requests may change, in the order in which one request takes it: else two batches wait for each other."""
+    sessions = {request.session_id for request in requests if request.session_id}
+    if sessions:
+        kept = Sandbox.objects.select_for_update().filter(pk__in=sessions, team=caller.team)
+        list(kept.order_by("pk").values_list("pk"))
+    list(BackendState.objects.select_for_update().order_by("alias").values_list("alias"))
+    mine = (
+        Q(team=None, agent=None, key=None) | Q(team=caller.team) | Q(agent__team=caller.team) | Q(key__team=caller.team)
+    )
+    list(Quota.objects.select_for_update(of=("self",)).filter(mine).order_by("pk").values_list("pk"))
+
+
 def again(execution: Execution, asked: RerunRequest) -> Submission:
     """The request for the same once more, as a child of the first. A session's variables are not there, but where it says so."""
     sandbox = execution.sandbox
@@ -73,6 +95,8 @@ def again(execution: Execution, asked: RerunRequest) -> Submission:
     as_it_was |= {"command": execution.code} if execution.command else {"code": execution.code}
     if sandbox is not None and not asked.session_id:
         as_it_was |= {"template": sandbox.template.name, "network": sandbox.network_allow}
+    elif not asked.session_id and execution.wish and execution.wish.get("template"):  # it never had one
+        as_it_was |= {"template": execution.wish["template"], "network": list(execution.wish["network"])}
     if execution.max_cost_nano_usd is not None:
         as_it_was["max_cost_usd"] = Decimal(execution.max_cost_nano_usd) / 1_000_000_000
     files = {p: KeptFile(artifact=c["artifact"]) if isinstance(c, dict) else c for p, c in execution.files.items()}

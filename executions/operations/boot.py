@@ -61,6 +61,7 @@ def never_was(sandbox: Sandbox, why: BackendUnavailable) -> None:
     if why.facts.get("perhaps"):
         sandbox.advance(SandboxState.RETIRING, reason=why.code, end_reason=EndReason.OUTAGE)
         return
+    list(Sandbox.objects.select_for_update().filter(pk=sandbox.pk).values_list("pk"))  # first, as `reap` does
     _, fields = ledger.bill(sandbox, final=True)
     ended = EndReason.OUTAGE if sandbox.handle is None else EndReason.LOST  # it had waited in a pool
     sandbox.advance(SandboxState.GONE, reason=why.code, end_reason=ended, **fields)

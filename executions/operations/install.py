@@ -20,7 +20,7 @@ from executions.operations import approvals, bases, pausing
 from executions.operations.bases import Base
 from executions.operations.placing import once, put
 from executions.operations.sessions import gone_is_recorded
-from executions.operations.submit import claim_session, find_template, record_refusal
+from executions.operations.submit import claim_session, find_session, find_template, record_refusal
 from executions.packages import index
 from executions.packages.advisories import Known
 from executions.packages.decide import Item
@@ -55,6 +55,8 @@ async def install(*, caller: Caller, session_id: str, requirements: list[str]) -
 
 def _claimed(caller: Caller, session_id: str, asked: list[Requirement]) -> tuple[Who, dict[str, str]]:
     caller.needs(Scope.RUN)
+    if (found := find_session(caller, session_id)).ended_at is None:
+        found.must_be_here()  # before anything of it is changed
     sandbox = claim_session(caller, session_id)
     who = Who(caller, sandbox.agent, sandbox)
     return who, _looked_at(who, asked)

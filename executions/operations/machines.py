@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+import re
 import secrets
 import shlex
 import tarfile
@@ -200,7 +201,9 @@ async def append(*, caller: Caller, session_id: str, path: str, offset: int, dat
         f"rm -f {name}; stat -c %s {quoted} 2>/dev/null || echo 0; exit $code"
     )
     said, code = await _arrived(caller, session_id, name, data, joined, "the part", accepts=9)
-    size = int(said.strip().splitlines()[-1])
+    if not (told := re.search(r"(?:^|\n)(\d{1,15})\s*$", said)):
+        raise FileRefused("The sandbox does not say how large the file is.")
+    size = int(told[1])
     if code:
         raise Conflict(
             f"{path} has {size} bytes, not {offset}.", size_bytes=size, remedy="Send what lies behind size_bytes."
@@ -227,7 +230,7 @@ async def _arrived(
         async for event in backend.run_command(sandbox.machine, command, timeout_seconds=COMMAND_SECONDS):
             match event.kind:
                 case "stdout":
-                    said += event.data["text"]
+                    said = (said + event.data["text"])[-4096:]
                 case "stderr":
                     errors = (errors + event.data["text"])[-500:]
                 case "exit":

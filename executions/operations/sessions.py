@@ -229,7 +229,11 @@ async def tell_ends() -> None:
 
 
 def _on_this_node() -> list[Sandbox]:
-    ours = Sandbox.objects.open().sessions().filter(node=settings.NODE, state=S.LEASED, handle__isnull=False)
+    ours = (
+        Sandbox.objects.open()
+        .sessions()
+        .filter(node=settings.NODE, state__in=[S.LEASED, S.PAUSED], handle__isnull=False)
+    )
     return [sandbox for sandbox in ours if sandbox.backend in backends.aliases()]
 
 
@@ -292,6 +296,8 @@ async def restart_session(*, caller: Caller, session_id: str) -> None:
 async def _alive(caller: Caller, session_id: str, scope: str = Scope.RUN) -> Sandbox:
     def claim() -> Sandbox:
         caller.needs(scope)
+        if (found := find_session(caller, session_id)).ended_at is None:
+            found.must_be_here()  # before anything of it is changed
         return claim_session(caller, session_id)
 
     sandbox = await rows(claim)

@@ -21,10 +21,10 @@ from django.db import transaction
 from django.db.models import Count, Model, Q, QuerySet
 from django.utils import timezone
 
-from executions import backends, journal, ledger, pool
+from executions import backends, journal, ledger, pool, routes
 from executions.errors import QueueTimedOut, Refused, SessionGone
 from executions.hop import rows
-from executions.models import Execution, hot
+from executions.models import Execution, Sandbox, hot
 from executions.operations import run
 from executions.operations.submit import begin
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
@@ -41,6 +41,7 @@ QUEUE = "queue"  # the doorbell's name
 log = logging.getLogger(__name__)
 
 _nudged: asyncio.Event | None = None
+_ending = False
 _unclaimed_ones = hot.Compiled(lambda: Execution.objects.filter(ended_at=None, heartbeat_at=None).only("pk")[:1])
 
 
@@ -58,8 +59,8 @@ async def ring() -> None:
 
 async def serve() -> None:
     """Take what nobody runs yet, for ever. Ends by being cancelled."""
-    global _nudged
-    _nudged = asyncio.Event()
+    global _nudged, _ending
+    _nudged, _ending = asyncio.Event(), False
     if nudge not in run.when_over:
         run.when_over.append(nudge)
     hearing = asyncio.create_task(_hear())
@@ -93,8 +94,25 @@ async def _hear() -> None:
             await asyncio.sleep(1)
 
 
+def stop_taking() -> None:
+    """This process is ending: what is claimed from now on would die with it."""
+    global _ending
+    _ending = True
+
+
 async def look() -> int:
-    """One round; returns how many still wait."""
+    """One round; returns how many still wait. It is not cut off in the midst: what was claimed is started."""
+    if _ending:
+        return 0
+    looking = asyncio.ensure_future(_look())
+    try:
+        return await asyncio.shield(looking)
+    except asyncio.CancelledError:
+        await asyncio.wait({looking})
+        raise
+
+
+async def _look() -> int:
     if not await rows(_unclaimed_ones):
         return 0  # as after most runs, of which each has this looked at
     claimed, ended = await rows(_claim_left) if len(run._runs) < MOST_RUNNING else ([], [])
@@ -154,6 +172,8 @@ def claim(execution_id: str) -> Execution | None:
             backend = backends.get(sandbox.backend)
             if not backend.is_reached and execution.created_at > now - NODELESS:
                 return None
+            if execution.agent is not None and routes.below_floor(execution.agent, backend):
+                return None  # to a machine with stronger walls, or to nobody
             waited = now - sandbox.created_at  # of which the provider knows nothing
             moved = {"metered_until": now, "leased_until": sandbox.leased_until + waited, "node": pool.node_of(backend)}
             hot.change(sandbox, moved)
@@ -272,6 +292,7 @@ def _close(execution: Execution, why: Refused) -> None:
     execution.attempts.filter(outcome=AttemptOutcome.OPEN).update(**ended)
     sandbox = execution.sandbox
     if sandbox is not None and sandbox.state == S.BOOTING:  # nobody has asked for it
+        list(Sandbox.objects.select_for_update().filter(pk=sandbox.pk).values_list("pk"))  # first, as `reap` does
         _, billed = ledger.bill(sandbox, final=True)
         sandbox.advance(S.GONE, reason=code, end_reason=EndReason.KILLED, **billed)
 

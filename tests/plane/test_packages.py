@@ -15,12 +15,15 @@ from contextlib import contextmanager
 import pytest
 
 from executions import operations, packages
+from executions.backends.base import Event
+from executions.backends.scripted import ScriptedBackend
 from executions.errors import ApprovalPending, InstallFailed, Invalid, PackageDenied
 from executions.hop import rows
 from executions.models import Advisory, Agent, Approval, AuditEvent, Package, PackagePolicy, Refusal
 from executions.operations import approvals, bases
 from executions.packages import advisories, index, layers, names, wheels
 from executions.packages.decide import Item
+from executions.serializers import SessionRequest
 from tests.index import Index, made, running_index
 
 BASE = bases.Base("3.11", "x86_64", {"numpy": "2.0.0"})
@@ -303,6 +306,26 @@ async def test_a_name_of_the_private_index_is_taken_from_nowhere_else(caller, fr
     assert done.added == {"acme": "1.0"}
 
 
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[[3,11],"x86_64",{"a\\n-i http://127.0.0.1:9/simple\\nb":"1"}]', '[[3,11],"x86_64",{"a":"1\\n-r /etc/passwd"}]',
+        '[[3,11],"x86\\n",{}]', "nothing", "x" * 1_100_000,
+    ],
+)  # fmt: skip
+async def test_what_a_guest_answers_in_pythons_place_never_reaches_uv(caller, free, served, monkeypatch, answer):
+    session = await operations.open_session(caller=caller, request=SessionRequest())
+
+    async def lies(self, handle, command, timeout_seconds):
+        yield Event("stdout", {"text": answer})
+        yield Event("exit", {"exit_code": 0})
+
+    monkeypatch.setattr(ScriptedBackend, "run_command", lies)
+    with pytest.raises(InstallFailed, match=r"no Python that answers|prints without end"):
+        await bases.of_sandbox(session)
+
+
 # Wheels
 
 
@@ -318,6 +341,8 @@ def wheel_with(path: str, content: bytes = b"", mode: int = 0) -> bytes:
 ATTACKS = {
     "leads out": wheel_with("../../outside.py"),
     "absolute path": wheel_with("/etc/cron.d/x"),
+    "absolute once spread": wheel_with("acme-1.0.data/purelib//etc/cron.d/x"),
+    "a name that is none": wheel_with("."),
     "windows path": wheel_with("..\\outside.py"),
     "link": wheel_with("acme/link", b"/etc/passwd", stat.S_IFLNK | 0o777),
     "device": wheel_with("acme/fifo", b"", stat.S_IFIFO | 0o644),
@@ -337,10 +362,22 @@ def test_a_hostile_wheel_is_found_out_before_it_is_unpacked(attack, tmp_path):
         wheels.examined(path, wheel="acme-1.0-py3-none-any.whl", name="acme", version="1.0")
 
 
+def test_nothing_is_unpacked_outside_of_its_folder(tmp_path):
+    outside = tmp_path / "outside.py"
+    (tmp_path / "stored").write_bytes(wheel_with(f"acme-1.0.data/purelib/{outside}", b"x = 1"))
+
+    with pytest.raises(InstallFailed, match="leads out of it"):
+        wheels.unpack(tmp_path / "stored", tmp_path / "out")
+
+    assert not outside.exists()
+
+
 def test_what_a_python_would_run_by_itself_is_left_out(tmp_path):
     files = {
         "evil.pth": "import os",
+        "./second.pth": "import os",
         "sitecustomize.py": "",
+        "usercustomize/__init__.py": "",
         "acme/data.pth": "kept",
         "acme-1.0.data/scripts/x": "",
         "acme-1.0.data/purelib/deep/m.py": "",

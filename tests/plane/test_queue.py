@@ -11,7 +11,7 @@ from executions import backends, operations
 from executions.backends import scripted
 from executions.errors import Elsewhere
 from executions.hop import rows
-from executions.models import Event, Execution, Quota, Sandbox, Transition, Usage
+from executions.models import Agent, Event, Execution, Quota, Sandbox, Transition, Usage
 from executions.operations import run, sessions, waiting
 from executions.operations.reap import FAR_PATIENCE, close_stale
 from executions.serializers import SessionRequest
@@ -104,6 +104,28 @@ def test_one_that_is_cancelled_before_anybody_took_it_gives_all_back(caller):
     assert (claimed, [e.pk for e in over]) == ([], [execution.pk])
     assert (execution.state, execution.error_value, execution.sandbox.state) == (E.CANCELLED, "not needed", S.GONE)
     assert (budget.reserved, budget.used) == (0, 0)
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_process_that_is_ending_takes_nothing_more(caller, monkeypatch):
+    monkeypatch.setattr(waiting, "_ending", False)
+    execution = await rows(left, caller)
+
+    waiting.stop_taking()
+    await waiting.look()
+
+    assert (await rows(found, execution)).is_unclaimed
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_weaker_walls_than_the_agents_take_nothing_though_it_was_admitted_elsewhere(caller, behave):
+    execution = await rows(left, caller)
+    await Agent.objects.aupdate(isolation_floor="microvm")
+    backends.get(execution.sandbox.backend).isolation = "namespaces"
+
+    await waiting.look()
+
+    assert (await rows(found, execution)).is_unclaimed
 
 
 @pytest.mark.django_db(transaction=True)

@@ -1,6 +1,7 @@
 """What there is no room for waits its turn, where its quota or its backend's plan says so."""
 
 import asyncio
+import itertools
 from dataclasses import replace
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ from django.utils import timezone
 from executions import ledger, operations, quotas
 from executions.errors import NoBackend, QueueFull, QuotaExceeded
 from executions.models import Agent, Execution, Quota, Sandbox, Transition
-from executions.operations import waiting
+from executions.operations import batch, waiting
 from executions.operations.submit import begin
 from executions.states import ExecutionState, Unit, WhenExhausted
 from tests.plane.conftest import asks
@@ -316,3 +317,17 @@ def test_bills_and_admissions_never_wait_for_each_other_in_a_circle(caller):
     assert quota.used == 40 * 2_000_000
     assert budget.reserved == 0
     assert budget.used == 40 * 2 * 100_000
+
+
+@pytest.mark.django_db(transaction=True)
+def test_batches_that_name_the_same_users_in_another_order_never_wait_for_each_other_in_a_circle(caller):
+    Quota.objects.create(team=caller.team, unit=Unit.EXECUTIONS, window="day", limit=10**6, each="user")
+    users, turn = [f"u{n}" for n in range(6)], itertools.count()
+
+    def one() -> bool:
+        named = users if next(turn) % 2 else users[::-1]
+        batch._submit_all(caller, [asks(user=user) for user in named], None)
+        return True
+
+    assert race(8, lambda: [one() for _ in range(3)]) == [[True] * 3] * 8
+    assert set(Quota.objects.exclude(parent=None).values_list("used", flat=True)) == {24}

@@ -5,9 +5,10 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from executions import keys
+from executions import keys, operations
 from executions.hop import rows
 from executions.models import Agent, ApiKey, AuditEvent, Usage
+from executions.serializers import SessionRequest
 from executions.states import Scope
 
 pytestmark = pytest.mark.django_db
@@ -136,6 +137,19 @@ async def test_a_key_is_good_in_its_networks_only(call, team_key):
     refused = await call("GET", RUN, token=there["secret"])
     assert (refused.status_code, refused.json()["detail"]) == (401, "The key is not good at this address.")
     assert (wrong.status_code, wrong.json()["field"]) == (400, "allow_from")
+
+
+async def test_a_test_key_neither_finds_nor_changes_what_is_real(call, caller, team_key):
+    made = (await call("POST", KEYS, {"name": "ci", "agent": "etl", "test": True}, token=team_key)).json()
+    real = (await operations.open_session(caller=caller, request=SessionRequest())).pk
+
+    async def refused(method: str, path: str, **body) -> int:
+        return (await call(method, path, body or None, token=made["secret"])).status_code
+
+    assert await refused("POST", RUN, code="#= 1", session_id=real) == 404
+    assert await refused("POST", f"/api/v1/sessions/{real}/commands", command="#> hi") == 404
+    assert await refused("DELETE", f"/api/v1/sandboxes/{real}") == 404
+    assert await refused("PATCH", f"{AGENTS}/etl", description="mine now") == 403
 
 
 async def test_a_test_key_runs_nothing_always_says_the_same_and_costs_nothing(call, team_key):

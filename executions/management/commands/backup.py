@@ -44,7 +44,8 @@ class Command(BaseCommand):
         except (OSError, sqlite3.Error) as e:
             raise CommandError(f"{target} was not written: {e}") from None
         self.stdout.write(f"{target}: {target.stat().st_size:,} bytes, {kept:,} kept files.")
-        if not (settings.DATA / "secret_key").exists():
+        secret = settings.DATA / "secret_key"
+        if not secret.exists() or secret.read_text().strip() != settings.SECRET_KEY:
             self.stdout.write(
                 "SECRET_KEY is not in it, as it comes from the environment: keys are worth nothing without."
             )
@@ -65,10 +66,11 @@ def _write(target: Path) -> int:
         kept = 0
         with store.adding(), os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             # nothing is swept away between the copy of the rows and that of the contents which they name
-            with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+            with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1, dereference=True) as archive:
                 archive.add(_database(Path(beside)), DATABASE[connection.vendor], filter=_ours)
-                if (secret := settings.DATA / "secret_key").exists():
-                    archive.add(secret, "secret_key", filter=_ours)
+                for name in ("secret_key", "node_name"):  # keys are of the one, local sandboxes of the other
+                    if (settings.DATA / name).exists():
+                        archive.add(settings.DATA / name, name, filter=_ours)
                 for sha256 in Artifact.objects.order_by().values_list("sha256", flat=True).distinct().iterator():
                     content = store.place(sha256)
                     if content.exists():  # else `verify` names it, here and in the copy

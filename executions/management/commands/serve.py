@@ -68,6 +68,7 @@ class Serving(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for name in ("uvicorn.error", "asyncio"):  # streams that are cut off now are cut off on purpose
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        operations.stop_taking()
         draining = asyncio.create_task(operations.drain(1))  # whoever waits for a run still gets its answer
         await super().shutdown(sockets)
         await draining

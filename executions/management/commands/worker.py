@@ -34,7 +34,8 @@ async def work(say: Any) -> None:
     working, told = asyncio.create_task(operations.background()), asyncio.create_task(ended.wait())
     say()
     await asyncio.wait([working, told], return_when=asyncio.FIRST_COMPLETED)
-    for task in (working, told):  # first of all nothing new is taken
+    operations.stop_taking()  # first of all
+    for task in (working, told):
         task.cancel()
     await operations.drain(DRAIN_SECONDS)
     for task in (working, told):
