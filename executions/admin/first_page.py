@@ -29,6 +29,8 @@ SPEND_DAYS = 14
 FAILURES = (E.ERRORED, E.FAILED, E.TIMED_OUT)
 ENDS = (E.SUCCEEDED, E.FAILED, E.TIMED_OUT, E.CANCELLED, E.ERRORED)
 
+LITTLE = 100_000  # nano-dollars; exact ones stand in the hint and behind the link
+
 
 def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     """Unfold's dashboard callback."""
@@ -77,7 +79,7 @@ def numbers(recent: Any, sandboxes: dict[str, int], now: datetime) -> list[dict[
         {"label": "Live sandboxes", "value": str(sandboxes["live"]), "href": show.rows_of("sandbox", open="yes")},
         {
             "label": "Spend today",
-            "value": usd(today),
+            "value": usd(today) if not 0 < today < LITTLE else f"< {usd(LITTLE)}",
             "href": f"{show.rows_of('usage')}costs/?first={day}&last={day}",
             "hint": f"{today:,} nano-dollars",
         },
