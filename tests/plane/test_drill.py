@@ -66,7 +66,7 @@ async def test_what_has_nowhere_to_go_is_refused_and_counted_with_its_reason(cal
 
     enough = asyncio.Event()
     load = asyncio.create_task(refused(enough))
-    report = await operations.outage_drill(alias="first", seconds=1, by="ada")
+    report = await operations.outage_drill(alias="first", seconds=4, by="ada")
     enough.set()
     count = await load
 
