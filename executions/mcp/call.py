@@ -16,6 +16,11 @@ SessionId = Annotated[str, Field(max_length=40, description="As execute_code ret
 Token = Annotated[
     str | None, Field(max_length=255, description="Sent again with the same arguments, nothing runs twice.")
 ]
+Workflow = Annotated[
+    str, Field(max_length=100, description="A label that ties runs together: one timeline, cost and budget.")
+]
+Step = Annotated[str, Field(max_length=100, description="Which step of the workflow it is.")]
+Parent = Annotated[str | None, Field(max_length=40, description="The execution_id that this run follows from.")]
 
 
 @dataclass

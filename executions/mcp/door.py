@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import Context
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,7 +17,7 @@ from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 from django.utils.datastructures import CaseInsensitiveMapping
 
-from executions import audit, keys
+from executions import audit, keys, traces
 from executions.errors import Forbidden, Invalid, SandgateError
 from executions.hop import rows
 from executions.mcp import oauth
@@ -79,16 +80,18 @@ app = Mounted(_build)
 async def application(scope: Any, receive: Any, send: Any) -> None:
     """Host, Origin and key are looked at here; what is refused gets a problem, what may pass carries its Caller."""
     request_id = "req_" + secrets.token_hex(10)
+    headers = CaseInsensitiveMapping({k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
+    added = [(b"request-id", request_id.encode())]
+    if trace := traces.continued(headers.get("traceparent")):
+        added.append((b"traceparent", trace.encode()))
 
     async def labelled(message: Any) -> None:
         if message["type"] == "http.response.start":
-            headers = [*message.get("headers", ()), (b"request-id", request_id.encode())]
-            message = {**message, "headers": headers}
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
         await send(message)
 
     with structlog.contextvars.bound_contextvars(request_id=request_id):
         try:
-            headers = CaseInsensitiveMapping({k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
             _from_a_known_host(headers)
             if scope["method"] != "POST":  # stateless: there is no stream to open and no session to delete
                 raise _post_only()
@@ -134,10 +137,11 @@ def _authenticated(headers: Any, ip: str | None, request_id: str) -> keys.Caller
     else:
         caller = keys.authenticate(token, door="mcp", ip=ip, request_id=request_id)
     try:
-        return caller.acting_as(headers.get("Sandgate-Agent"))
+        acting = caller.acting_as(headers.get("Sandgate-Agent"))
     except Invalid as e:
         e.remedy = "Send the header Sandgate-Agent: <name>, or use a key that is bound to an agent."
         raise
+    return replace(acting, trace_id=traces.trace_of(headers.get("traceparent")))
 
 
 async def _problem(error: SandgateError, request_id: str, send: Any, *, sent: bool = False) -> None:

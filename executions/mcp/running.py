@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from dataclasses import replace
 
 from django.conf import settings
 from pydantic import Field
@@ -15,7 +16,7 @@ from executions.hop import rows
 from executions.keys import Caller
 from executions.mcp import answers, sessions
 from executions.mcp.answers import Answer
-from executions.mcp.call import Call, SessionId, Token
+from executions.mcp.call import Call, Parent, SessionId, Step, Token, Workflow
 from executions.models import Execution
 from executions.serializers import Accepted, ExecutionShape, KeptFile, Submission, execution_shape, parse
 from executions.states import EXECUTION_ENDED, Scope
@@ -44,6 +45,9 @@ class ExecuteCode(Accepted):
         None, ge=0, description="Refused where the run, and keeping a fresh session, could cost more dollars than this."
     )
     idempotency_key: Token = None
+    workflow: Workflow = ""
+    step: Step = ""
+    parent: Parent = None
 
 
 class RunScript(Accepted):
@@ -52,6 +56,9 @@ class RunScript(Accepted):
     args: list[str] = Field([], max_length=256)
     timeout_seconds: int | None = Field(None, ge=1, description="Wall time of the run.")
     idempotency_key: Token = None
+    workflow: Workflow = ""
+    step: Step = ""
+    parent: Parent = None
 
 
 class GetExecution(Accepted):
@@ -74,8 +81,12 @@ async def execute_code(call: Call, asked: ExecuteCode) -> Answer:
         "timeout_seconds": asked.timeout_seconds,
         "max_cost_usd": asked.max_cost_usd,
         "cancel_on_disconnect": call.cancels,
+        "workflow": asked.workflow,
+        "step": asked.step,
+        "parent": asked.parent,
     }
     request = parse(Submission, wanted)
+    call.caller = replace(call.caller, workflow=asked.workflow)  # its budget pays for the session, too
     if asked.session_id:
         await sessions.keep_open(call.caller, asked.session_id, asked.timeout_seconds)
         return await _run(call, parse(Submission, wanted | {"session_id": asked.session_id}), asked.idempotency_key)

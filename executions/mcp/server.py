@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -36,7 +37,7 @@ from mcp_types import (
     ToolAnnotations,
 )
 
-from executions import demand, operations
+from executions import demand, operations, traces
 from executions.errors import SandgateError
 from executions.hop import rows
 from executions.keys import Caller
@@ -88,7 +89,7 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
     async def call_tool(context: Any, params: CallToolRequestParams) -> CallToolResult:
         async def work() -> CallToolResult:
             try:
-                caller = await caller_in(context)
+                caller = traced(await caller_in(context), context)
                 call = Call(caller, report=reporter(context), cancels=cancels)
                 return as_result(await tools.answer(call, params.name, params.arguments or {}))
             except SandgateError as e:  # the key of a stdio server was revoked
@@ -142,6 +143,13 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
         on_read_resource=read_resource,
         get_tool_input_schema=lambda name: None,  # no argument is mirrored in a header
     )
+
+
+def traced(caller: Caller, context: Any) -> Caller:
+    """In the trace that the call names in its `_meta`, which is nearer than the request's own; one that is none is passed over."""
+    parent = (context.meta or {}).get("traceparent")
+    trace_id = traces.trace_of(parent) if isinstance(parent, str) else ""
+    return replace(caller, trace_id=trace_id) if trace_id else caller
 
 
 def reporter(context: Any) -> Callable[[float, str], Any] | None:

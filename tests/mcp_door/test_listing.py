@@ -73,9 +73,11 @@ async def test_names_arguments_and_defaults_are_the_contract(key):
     arguments = {name: list(schema["properties"]) for name, schema in tools.items()}
     assert arguments["execute_code"] == [
         "code", "language", "session_id", "keep_session", "files", "timeout_seconds", "max_cost_usd",
-        "idempotency_key",
+        "idempotency_key", "workflow", "step", "parent",
     ]  # fmt: skip
-    assert arguments["run_script"] == ["path", "session_id", "args", "timeout_seconds", "idempotency_key"]
+    assert arguments["run_script"] == [
+        "path", "session_id", "args", "timeout_seconds", "idempotency_key", "workflow", "step", "parent",
+    ]  # fmt: skip
     assert arguments["install_package"] == ["packages", "session_id"]
     assert arguments["get_environment"] == ["session_id"]
     assert arguments["get_execution"] == ["execution_id", "wait_seconds", "after_seq"]
