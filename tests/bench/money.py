@@ -15,8 +15,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from tests.product import HOME, Product, environment, start
 CALLERS, BUDGET_NANO_USD = 1000, 1_000_000_000
 DEAR = "dear=32x65536"  # $0.000736 a second: a run of one second and its margin reserve $0.0228, so 43 of them fit
 CODE = "#~ 0.3\n#= 1"
-SEEN_SECONDS = 0.05
+KILLED_SECONDS = 1.5  # after the first sandbox is alive, at the latest
+SEEN_SECONDS = 0.25
 OVER_SECONDS = 90  # from the last answer until the provider has ended all by itself, and all is settled
 RACERS, PROCESSES, LIMIT = 100, 4, 3
 
@@ -57,27 +61,29 @@ def races_for_a_dollar(rounds: int, double: Double, data: Path, database: str, s
     named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
     more = double.settings() | {"DATABASE_URL": database, "SANDGATE_LOG_LEVEL": "ERROR"}
     chance, told, port = random.Random(seed), [], servers.free_port()
-    python = Path(named) if named else None
-    product = start(data, port, python, **more)
-    key = product.key
+    again = partial(start, data, port, Path(named) if named else None, **more)
+    product = again()
+    key = product.key  # shown once
     try:
         budget = _one_budget()
         for _ in range(rounds):
+            began = time.monotonic()
             double.forget()
             double.tell(create_ms=[100, 300], kill_hangs=1.0)  # no kill is ever answered, and kills nothing
             before, used = double.meter()["nano_usd"], _refilled(budget)
-            seen, killed = asyncio.run(_race(product, port, key, double, chance, python, more))
-            product = killed[1]
-            _wait(lambda: not double.meter()["live"], "the provider's timeouts")
+            product, killed_after, answers, most_alive = _race(product, double, chance, again)
+            product.key = key
+            _wait(lambda: not double.meter()["live"], "the provider's timeouts", product)
             charged = double.meter()["nano_usd"] - before  # all that it ever will: nothing lives there any more
             assert charged <= BUDGET_NANO_USD, f"the double charged ${charged / 1e9:.6f}"
             double.tell(kill_hangs=0.0)
-            _wait(lambda: _aside(budget) == 0, "the reservations")
+            _wait(lambda: _aside(budget) == 0, "the reservations", product)
             booked = _used(budget) - used
-            told.append(Round(charged, booked, killed[0], seen, killed[2]))
+            told.append(Round(charged, booked, killed_after, answers, most_alive))
             assert charged <= booked <= BUDGET_NANO_USD, f"charged ${charged / 1e9:.6f}, booked ${booked / 1e9:.6f}"
             assert (wrong := _first_wrong()) is None, wrong
-            print(f"{_engine(database)}: ${charged / 1e9:.4f} charged, ${booked / 1e9:.4f} booked", flush=True)
+            said = f"${charged / 1e9:.4f} charged, ${booked / 1e9:.4f} booked, {time.monotonic() - began:.0f} s"
+            print(f"{_engine(database)}: {said}", flush=True)
     except AssertionError:
         print("".join(product.screen[-40:]), *_what_is_open(), sep="\n", file=sys.stderr)
         raise
@@ -86,25 +92,36 @@ def races_for_a_dollar(rounds: int, double: Double, data: Path, database: str, s
     return told
 
 
-async def _race(
-    product: Product,
-    port: int,
-    key: str,
-    double: Double,
-    chance: random.Random,
-    python: Path | None,
-    more: dict[str, str],
-) -> tuple[Counter[int], tuple[float, Product, int]]:
+def _race(
+    product: Product, double: Double, chance: random.Random, again: Callable[[], Product]
+) -> tuple[Product, float, Counter[int], int]:
     """All at once; the plane is killed in the midst of it and started again, and who was cut off asks again."""
+    with ThreadPoolExecutor(1) as aside:
+        calling = aside.submit(asyncio.run, _callers(product, double))
+        began = time.monotonic()
+        while not double.meter()["live"]:  # something that will have to be paid
+            assert not calling.done(), calling.result()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, KILLED_SECONDS))
+        product.process.kill()
+        product.process.wait()
+        killed_after = time.monotonic() - began
+        product = again()  # from this thread: a child ends with the thread that has started it
+        return product, killed_after, *calling.result()
+
+
+async def _callers(product: Product, double: Double) -> tuple[Counter[int], int]:
+    """How often each status was answered, and how many sandboxes were seen alive at once."""
     body = {"code": CODE, "route": ["e2b"], "template": "dear", "timeout_seconds": 1}
-    raw = request("POST", "/api/v1/executions", key=key, body=json.dumps(body).encode())
+    raw = request("POST", "/api/v1/executions", key=product.key, body=json.dumps(body).encode())
+    host, port = product.url.removeprefix("http://").split(":")
     answers: Counter[int] = Counter()
-    over, most = asyncio.Event(), 0
+    most = 0
 
     async def caller() -> None:
         while True:
             try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                reader, writer = await asyncio.open_connection(host, int(port))
                 status, _ = await one(reader, writer, raw)
                 writer.close()
             except (OSError, asyncio.IncompleteReadError):
@@ -115,28 +132,20 @@ async def _race(
 
     async def look() -> None:
         nonlocal most
-        while not over.is_set():
+        while True:
             most = max(most, (await asyncio.to_thread(double.meter))["live"])
             await asyncio.sleep(SEEN_SECONDS)
 
-    looking, began = asyncio.create_task(look()), time.monotonic()
-    calling = [asyncio.create_task(caller()) for _ in range(CALLERS)]
-    while not most:  # something is alive that will have to be paid
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(chance.uniform(0, 1.5))  # the moment is what is random
-    product.process.kill()
-    product.process.wait()
-    killed_after = time.monotonic() - began
-    product = await asyncio.to_thread(lambda: start(product.data, port, python, **more))
-    await asyncio.gather(*calling)
-    over.set()
-    await looking
-    return answers, (killed_after, product, most)
+    looking = asyncio.create_task(look())
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    looking.cancel()
+    return answers, most
 
 
-def _wait(happened: Any, what: str) -> None:
+def _wait(happened: Callable[[], bool], what: str, product: Product) -> None:
     until = time.monotonic() + OVER_SECONDS
     while not happened():
+        assert product.process.poll() is None, f"{what}: the plane ended with {product.process.returncode}"
         assert time.monotonic() < until, f"{what}: not over after {OVER_SECONDS} s"
         time.sleep(0.2)
 
