@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from executions.models import AuditEvent, AuditHead, Execution, Sandbox
 if TYPE_CHECKING:
     from executions.keys import Caller
 
+log = logging.getLogger(__name__)
 SECRET = ("password", "secret", "token", "digest")  # anywhere in a name
 CONTENT = {"code", "env", "files", "start_command"}  # exactly the name
 UNREMARKABLE = {"last_login"}
@@ -31,6 +33,7 @@ REPEATS_SECONDS = 3600  # one person's reading of one run, one key's denials: wr
 HASHED = (
     "seq", "previous", "at", "team_id", "actor_id", "key_id", "action", "subject", "before", "after", "reason", "ip",
 )  # fmt: skip
+COLUMNS = (*HASHED, "digest")
 TRIGGERS = {"audit_event_is_not_changed", "audit_event_is_not_deleted"}
 
 
@@ -77,8 +80,17 @@ def once(action: str, *, caller: Caller | None = None, subject: str = "", **fact
     """As `record`, but repeats of the same by the same within the hour are not written down again."""
     who = (caller.key or caller.person) if caller else None
     same = f"{action} {who.pk if who else facts.get('ip')} {subject} {facts.get('reason', '')}"
-    if cache.add(f"audit:{hashlib.sha256(same.encode(errors='replace')).hexdigest()}", 1, REPEATS_SECONDS):
+    if _is_new(f"audit:{hashlib.sha256(same.encode(errors='replace')).hexdigest()}"):
         record(action, caller=caller, subject=subject, **facts)
+
+
+def _is_new(same: str) -> bool:
+    """Whether it was not seen within the hour. A cache that is away remembers nothing, and all is written down."""
+    try:
+        return cache.add(same, 1, REPEATS_SECONDS)
+    except Exception as e:
+        log.warning("cache_away", extra={"error": type(e).__name__})
+        return True
 
 
 def denied(error: Exception) -> None:
@@ -211,12 +223,31 @@ def verify() -> Chain:
 def export() -> Iterator[str]:
     """Each event as one line of JSON, in order, with both hashes: the chain can be checked anywhere."""
     for event in _events():
-        at = event["at"].astimezone(UTC).isoformat(timespec="microseconds")
-        yield json.dumps({**event, "at": at}, sort_keys=True, separators=(",", ":")) + "\n"
+        yield _line({**event, "at": _moment(event)}) + "\n"
+
+
+def cells() -> Iterator[dict[str, Any]]:
+    """Each event as the cells of a table, COLUMNS, in order; what was before and after as JSON."""
+    for event in _events():
+        yield {**event, "at": _moment(event), "before": cell(event["before"]), "after": cell(event["after"])}
+
+
+def _moment(event: dict[str, Any]) -> str:
+    at: datetime = event["at"]
+    return at.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def cell(facts: Any) -> str:
+    """As JSON, which no spreadsheet takes for a formula unless it is a bare text."""
+    return "" if facts is None else _line(facts)
+
+
+def _line(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
 
 def _events() -> Iterator[dict[str, Any]]:
-    return AuditEvent.objects.order_by("seq").values(*HASHED, "digest").iterator(chunk_size=2000)
+    return AuditEvent.objects.order_by("seq").values(*COLUMNS).iterator(chunk_size=2000)
 
 
 def triggers() -> set[str]:

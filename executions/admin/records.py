@@ -16,6 +16,7 @@ from executions import audit, operations
 from executions.admin import filters, levers, show
 from executions.admin.base import RecordPage, caller_of
 from executions.models import AnswerRecord, AuditEvent, AuditHead, IdempotencyRecord, MetricTotal, Refusal, SignInLink
+from executions.reports import exports
 
 
 @admin.register(Refusal)
@@ -48,6 +49,12 @@ class RefusalPage(RecordPage):
         return show.block(show.pretty(row.facts))
 
 
+def _file(content: str, mime: str, ending: str) -> HttpResponse:
+    response = HttpResponse(content, content_type=mime)
+    response["Content-Disposition"] = f'attachment; filename="audit-{timezone.localdate()}.{ending}"'
+    return response
+
+
 @admin.register(AuditEvent)
 class AuditPage(RecordPage):
     list_display = ["seq", "action", "of", "who", "why", "ip", "age"]
@@ -64,7 +71,7 @@ class AuditPage(RecordPage):
     ordering = ["-seq"]
     fields = ["seq", "action", "of", "who", "why", "ip", "at", "changes", "undo", "follows", "hash"]
     readonly_fields = fields
-    actions_list = ["verify", "export"]
+    actions_list = ["verify", "export", "export_csv"]
     actions_detail = ["revert"]
     revert = levers.pulls(levers.REVERT)
 
@@ -80,9 +87,12 @@ class AuditPage(RecordPage):
     @action(description="Export", icon="download", url_path="export", permissions=["view"])
     def export(self, request: HttpRequest) -> HttpResponse:
         audit.record("audit_exported", caller=caller_of(request, None))
-        response = HttpResponse("".join(audit.export()), content_type="application/jsonl")
-        response["Content-Disposition"] = f'attachment; filename="audit-{timezone.localdate()}.jsonl"'
-        return response
+        return _file("".join(audit.export()), "application/jsonl", "jsonl")
+
+    @action(description="Export as CSV", icon="table", url_path="export-csv", permissions=["view"])
+    def export_csv(self, request: HttpRequest) -> HttpResponse:
+        audit.record("audit_exported", caller=caller_of(request, None), after={"format": "csv"})
+        return _file(exports.as_csv(audit.cells(), audit.COLUMNS), "text/csv; charset=utf-8", "csv")
 
     @display(description="to", ordering="subject")
     def of(self, row: AuditEvent) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
@@ -91,6 +93,26 @@ def test_the_chain_is_verified_and_exported_from_the_list(office, agent):
 
     assert [json.loads(line)["action"] for line in whole] == ["agent_changed", "audit_exported"]
     assert "The chain is broken. Event 1 was changed" in said
+
+
+def test_the_export_as_csv_is_whole_and_no_cell_is_a_formula(office, agent):
+    changed(agent)
+    audit.record("agent_changed", subject="=1+1", reason="@evil", before={"a": "=2"}, after="-3")
+
+    sheet = office.get(reverse("admin:executions_auditevent_export_csv")).content.decode()
+    lines = list(csv.DictReader(io.StringIO(sheet)))
+
+    assert [line["action"] for line in lines] == ["agent_changed", "agent_changed", "audit_exported"]
+    assert [line["digest"] for line in lines] == list(
+        AuditEvent.objects.order_by("seq").values_list("digest", flat=True)
+    )
+    assert [lines[1][name] for name in ("subject", "reason", "before", "after")] == [
+        "'=1+1",
+        "'@evil",
+        '{"a":"=2"}',
+        '"-3"',
+    ]
+    assert not [cell for line in lines for cell in line.values() if cell.startswith(("=", "+", "-", "@"))]
 
 
 @pytest.mark.parametrize("what", ["configuration", "sign_ins", "denials", "reads", "levers"])
