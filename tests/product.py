@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +44,12 @@ def environment(data: Path, port: int, template_python: Path | None, **more: str
     return {**passed, "SANDGATE_DATA": str(data), "PORT": str(port), "E2B_API_KEY": "", **named, **more}
 
 
-def start(data: Path, port: int, template_python: Path | None = None, **more: str) -> Product:
-    """Start `manage.py serve`; returns once it has shown its first screen. RuntimeError with all it said otherwise."""
+def start(
+    data: Path, port: int, template_python: Path | None = None, *, options: Sequence[str] = (), **more: str
+) -> Product:
+    """Start `manage.py serve` with these options; returns once it has shown its first screen. RuntimeError with all it said otherwise."""
     process = subprocess.Popen(
-        [sys.executable, "manage.py", "serve"],
+        [sys.executable, "manage.py", "serve", *options],
         cwd=HOME,
         env=environment(data, port, template_python, **more),
         stdin=subprocess.DEVNULL,

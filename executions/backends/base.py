@@ -176,7 +176,6 @@ class Backend:
     remote: bool = True  # code and data leave this machine; OPTIONS["REMOTE"] says otherwise of one alias
     has_node: bool = False  # its sandboxes live on one machine, and only processes there reach them
     slow_seconds: float = 0  # a create that has not answered by then looks like an outage; 0: none does
-    boot_seconds: float = 60  # create() has answered by then, one way or the other
     isolation: str = "none"  # none, reduced, namespaces, microvm, simulated: the floor of agents compares in this order
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ WEBHOOKS_EVERY = 0.5
 PROBES_EVERY = 0.25
 PRUNE_EVERY = 150
 LAG_SECONDS = 0.25
+END_SECONDS = 1  # of a round of `reap`; a sandbox that takes longer to end holds up no others
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +62,7 @@ async def _rounds(name: str, work: Callable[[], Awaitable[None]], *, every: floa
 
 
 async def _reap() -> None:
-    if mended := await reap(orphans=False):
+    if mended := await reap(orphans=False, patience_seconds=END_SECONDS):
         log.info("reaped", extra={"rows": mended})
 
 

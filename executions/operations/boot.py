@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from django.conf import settings
 from django.utils import timezone
 
 from executions import backends, breaker, faults, ledger, metrics
@@ -40,6 +41,18 @@ async def boot(sandbox: Sandbox) -> Handle:
     if breaker.worked(alias):
         await rows(breaker.clear, alias)
     return handle
+
+
+async def boot_alone(sandbox: Sandbox) -> Handle:
+    """The same where no execution shows that this process lives: a row that has been silent for too long is nobody's any more."""
+    booting = asyncio.ensure_future(boot(sandbox))
+    mine = Sandbox.objects.filter(pk=sandbox.pk, state=SandboxState.BOOTING)
+    try:
+        while not (await asyncio.wait({booting}, timeout=settings.HEARTBEAT_SECONDS))[0]:
+            await rows(mine.update, last_used_at=timezone.now())
+        return booting.result()
+    finally:
+        booting.cancel()
 
 
 async def make(sandbox: Sandbox) -> Handle:

@@ -13,7 +13,7 @@ from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
 
 from executions import backends, egress, faults, ledger, metrics
-from executions.backends.base import Backend
+from executions.backends.base import Backend, Listed
 from executions.errors import BackendError, SandboxLost
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
@@ -29,6 +29,7 @@ RETIRED_AT_ONCE = 20
 FAR_PATIENCE = timedelta(minutes=2)  # after its end, by which another machine's node has ended a sandbox by itself
 SETTLED = timedelta(seconds=10)  # after which a provider's list is sure to name what it has made
 _retiring: set[asyncio.Task] = set()
+_ending: dict[str, asyncio.Task[bool]] = {}  # what `reap` is ending in this process, by sandbox
 _clock: float | None = None  # the wall clock's lead over the monotonic one, at the last look
 
 
@@ -110,11 +111,16 @@ def clock_was_set() -> bool:
     return before is not None and abs(_clock - before) > SET_SECONDS
 
 
+def _patience() -> timedelta:
+    """Who has shown no sign of life for so long is dead."""
+    return timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS)
+
+
 def find_stale() -> list[Execution]:
     if clock_was_set():
         return []
     now = timezone.now()
-    silent = Q(heartbeat_at__lt=now - timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS))
+    silent = Q(heartbeat_at__lt=now - _patience())
     silent |= Q(heartbeat_at__gt=now + AHEAD)  # of before the clock was set back: who lives has written another since
     stale = Execution.objects.open().filter(silent)
     return [e for e in stale.select_related("sandbox", "agent")[:100] if run.running(e.pk) is None]
@@ -186,16 +192,17 @@ def find_over() -> list[tuple[Sandbox, str]]:
         if not s.stays_paused and s.last_used_at + timedelta(seconds=s.idle_timeout_seconds) < now
     ]
     unborn = Q(Exists(Attempt.objects.filter(sandbox=OuterRef("pk"), execution__ended_at__isnull=False)))
-    for alias in backends.aliases():
-        patience = timedelta(seconds=backends.get(alias).boot_seconds)
-        unborn |= Q(backend=alias, created_at__lt=now - patience)
+    unborn |= Q(last_used_at__lt=now - _patience())
     abandoned = Q(kept=False, state=S.LEASED) | Q(unborn, state=S.BOOTING)
     found += [(s, EndReason.LOST) for s in live.filter(abandoned)[:100]]
     return found
 
 
-async def reap(*, orphans: bool = True) -> int:
-    """One round; returns how many rows were made true. `orphans`: also ask each backend what it still has."""
+async def reap(*, orphans: bool = True, patience_seconds: float | None = None) -> int:
+    """One round; returns how many rows were made true. `orphans`: also ask each backend what it still has.
+
+    `patience_seconds`: what takes longer to end goes on, and is left alone by the next rounds until it has.
+    """
     mended = 0
     for execution in await rows(find_stale):
         try:
@@ -207,9 +214,20 @@ async def reap(*, orphans: bool = True) -> int:
             continue
         except Exception:  # one row that cannot be closed does not hold up the others
             log.exception("not_closed", extra={"execution_id": execution.pk})
-    at_once = asyncio.Semaphore(RETIRED_AT_ONCE)  # a backend that is slow to kill does not hold up the others
+    at_once = asyncio.Semaphore(RETIRED_AT_ONCE)
+    over = [(sandbox, reason) for sandbox, reason in await rows(find_over) if sandbox.pk not in _ending]
+    mended += await _within(patience_seconds, [_end(sandbox, reason, at_once) for sandbox, reason in over])
+    mended += await pausing.pause_idle()
+    await asyncio.gather(*(note_egress(sandbox) for sandbox in await rows(find_networked)))
+    if orphans:
+        mended += await kill_orphans()
+    return mended
 
-    async def end(sandbox: Sandbox, reason: str) -> bool:
+
+def _end(sandbox: Sandbox, reason: str, at_once: asyncio.Semaphore) -> asyncio.Task[bool]:
+    """Begin to retire it. A kill that is not answered holds up no others, in this round or the next."""
+
+    async def end() -> bool:
         async with at_once:
             try:
                 return await retire(sandbox, reason)
@@ -217,12 +235,15 @@ async def reap(*, orphans: bool = True) -> int:
                 log.exception("not_retired", extra={"sandbox_id": sandbox.pk})
                 return False
 
-    mended += sum(await asyncio.gather(*(end(sandbox, reason) for sandbox, reason in await rows(find_over))))
-    mended += await pausing.pause_idle()
-    await asyncio.gather(*(note_egress(sandbox) for sandbox in await rows(find_networked)))
-    if orphans:
-        mended += await kill_orphans()
-    return mended
+    task = _ending[sandbox.pk] = asyncio.create_task(end())
+    task.add_done_callback(lambda _: _ending.pop(sandbox.pk, None))
+    return task
+
+
+async def _within(patience_seconds: float | None, tasks: list[asyncio.Task[bool]]) -> int:
+    """How many of them have come to True by then; the others go on."""
+    done = (await asyncio.wait(tasks, timeout=patience_seconds))[0] if tasks else set()
+    return sum(task.result() for task in done)
 
 
 async def kill_orphans() -> int:
@@ -235,21 +256,28 @@ async def kill_orphans() -> int:
         except (BackendError, OSError, TimeoutError):
             continue
         ended = await rows(_ended_among, [item.sandbox_id for item in listed])
-        left = 0
-        for item in listed:
-            if item.sandbox_id in ended:
-                try:
-                    with metrics.asking("kill", alias):
-                        killed += await backend.kill(item.handle)
-                    metrics.add("sandgate_orphans_killed_total", alias)
-                except (BackendError, OSError, TimeoutError):
-                    left += 1
-                    log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": alias})
-        metrics.note("sandgate_sandboxes_leaked", alias, value=left)
-        for sandbox in await rows(_vanished, alias, {item.sandbox_id for item in listed}, asked_at):
-            if sandbox.state != S.LEASED or await _is_lost(backend, sandbox):
-                await retire(sandbox, EndReason.LOST)
+        at_once = asyncio.Semaphore(RETIRED_AT_ONCE)
+        orphans = [item for item in listed if item.sandbox_id in ended]
+        dead = await asyncio.gather(*(_kill_orphan(backend, item, at_once) for item in orphans))
+        killed += sum(dead)
+        metrics.note("sandgate_sandboxes_leaked", alias, value=len(dead) - sum(dead))
+        vanished = await rows(_vanished, alias, {item.sandbox_id for item in listed}, asked_at)
+        lost = await asyncio.gather(*(_is_lost(backend, sandbox) for sandbox in vanished))
+        over = [s for s, is_lost in zip(vanished, lost, strict=True) if is_lost and s.pk not in _ending]
+        await _within(None, [_end(sandbox, EndReason.LOST, at_once) for sandbox in over])
     return killed
+
+
+async def _kill_orphan(backend: Backend, item: Listed, at_once: asyncio.Semaphore) -> bool:
+    async with at_once:
+        try:
+            with metrics.asking("kill", backend.alias):
+                dead = await backend.kill(item.handle)
+        except (BackendError, OSError, TimeoutError):
+            log.warning("orphan_not_killed", extra={"sandbox_id": item.sandbox_id, "backend": backend.alias})
+            return False
+    metrics.add("sandgate_orphans_killed_total", backend.alias)
+    return dead
 
 
 def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]:
@@ -263,6 +291,8 @@ def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]
 
 
 async def _is_lost(backend: Backend, sandbox: Sandbox) -> bool:
+    if sandbox.state != S.LEASED:
+        return True
     try:
         await backend.connect(sandbox.machine)
     except SandboxLost:

@@ -35,7 +35,7 @@ from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Execution, Sandbox
 from executions.operations import artifacts, pausing, reap, replenish, run
-from executions.operations.boot import boot, never_was
+from executions.operations.boot import boot_alone, never_was
 from executions.operations.submit import (
     TwinAdmitted,
     claim_session,
@@ -126,7 +126,7 @@ async def _boot(caller: Caller, request: SessionRequest, sandbox: Sandbox, waiti
             if sandbox.made_of:
                 await replenish.fit_session(sandbox)
             else:
-                handle = await boot(sandbox)
+                handle = await boot_alone(sandbox)
                 faults.point("session_booted")
                 await rows(_ready, sandbox, handle)
             return sandbox

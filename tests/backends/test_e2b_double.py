@@ -145,12 +145,17 @@ async def test_packets_that_are_dropped_cost_as_little():
     assert time.monotonic() - began < 5
 
 
-async def test_a_create_whose_caller_left_is_found_by_our_id(double, backend):
+async def test_a_create_whose_caller_left_is_found_by_our_id(double, backend, monkeypatch):
     double.tell(create_ms=[400, 400])
-    spec = contract.spec()
+    spec, asking, ask = contract.spec(), asyncio.Event(), backend.account.ask
+
+    async def noted(*args, **fields):
+        asking.set()
+        return await ask(*args, **fields)
+
+    monkeypatch.setattr(backend.account, "ask", noted)
     creating = asyncio.ensure_future(backend.create(spec))
-    while double.asked("create") == 0 or not backend._making:
-        await asyncio.sleep(0)
+    await asking.wait()
     creating.cancel()
 
     assert await backend.kill_by_id(spec.sandbox_id)
@@ -201,7 +206,7 @@ async def test_what_is_gone_is_lost(backend, verb):
 
 
 async def test_a_kill_that_hangs_is_not_confirmed(double, backend, monkeypatch):
-    monkeypatch.setattr("executions.backends.e2b.backend.KILL_SECONDS", 0.3)
+    monkeypatch.setattr("executions.backends.e2b.backend.KILL_SECONDS", (0.3, 0.2, 0.1))
     async with contract.sandbox(backend) as handle:
         double.tell(kill_hangs=1)
         with pytest.raises(BackendError) as hung:
@@ -209,6 +214,20 @@ async def test_a_kill_that_hangs_is_not_confirmed(double, backend, monkeypatch):
         double.tell(kill_hangs=0)
 
     assert not isinstance(hung.value, SandboxLost)
+
+
+async def test_a_kill_that_is_not_answered_is_asked_for_again_beside_the_first(double, backend, monkeypatch):
+    monkeypatch.setattr("executions.backends.e2b.backend.KILL_SECONDS", tuple(60 - n / 10 for n in range(100)))
+    async with contract.sandbox(backend) as handle:
+        double.tell(kill_hangs=1)
+        before = double.asked("kill")
+        killing = asyncio.create_task(backend.kill(handle))
+        while double.asked("kill") == before:
+            await asyncio.sleep(0.01)
+        double.tell(kill_hangs=0)
+
+        assert await killing
+        assert handle["sandbox_id"] not in double.live()
 
 
 # streams

@@ -159,12 +159,11 @@ async def take_over(double: Double) -> dict[str, Any]:
     from django.conf import settings
 
     from executions import operations
-    from executions.backends.e2b import E2BBackend
     from executions.hop import rows
     from executions.operations import replenish, waiting
     from executions.reports import totals
 
-    settings.HEARTBEAT_SECONDS, E2BBackend.boot_seconds = 0.05, 0.5
+    settings.HEARTBEAT_SECONDS = 0.05
     for name in ("reap", "verify"):
         sys.modules[f"executions.operations.{name}"].SETTLED = timedelta(0)
     sys.modules["executions.operations.pausing"].TURN = timedelta(seconds=0.5)

@@ -11,9 +11,9 @@ from tests.double import running_double
 
 @pytest.mark.product
 @pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.long)])
-def test_the_doubles_list_and_ours_agree_after_every_kill(template_python, times):
+def test_the_doubles_list_and_ours_agree_after_every_kill(times):
     with running_double() as double, servers.folder() as data:
-        told = rounds(times, double, data, template_python)
+        told = rounds(times, double, data)
 
     here, there = told.billed
     assert len(told.seconds) == times

@@ -1,5 +1,6 @@
 """After a process died on any line, the records are made true, and nothing is run twice."""
 
+import asyncio
 from datetime import timedelta
 
 import pytest
@@ -11,6 +12,8 @@ from executions.backends.base import SandboxSpec
 from executions.hop import rows
 from executions.models import Attempt, Execution, Quota, Sandbox, Usage
 from executions.operations import run as running
+from executions.operations import sessions
+from executions.operations.reap import STALE_BEATS, _ending
 from executions.operations.run import spec_of
 from executions.serializers import SessionRequest
 from executions.states import ExecutionState, SandboxState, Unit, Window
@@ -131,6 +134,65 @@ async def test_a_kill_is_asked_for_again_until_it_is_confirmed(caller, behave):
 
     sandbox = await Sandbox.objects.aget()
     assert (sandbox.state, sandbox.end_reason, sandbox.reserved_nano_usd) == (SandboxState.GONE, "finished", 0)
+
+
+async def test_a_kill_that_is_not_answered_holds_up_no_other_and_is_asked_for_once(caller, behave, monkeypatch):
+    behave("first", BEHAVES="loses_kills")
+    for _ in range(2):
+        await operations.execute(caller=caller, request=asks())
+    hangs, other = [sandbox async for sandbox in Sandbox.objects.order_by("pk")]
+    behave("first")
+    asked, answer, kill = [], asyncio.Event(), scripted.ScriptedBackend.kill
+
+    async def slowly(self, handle):
+        asked.append(handle["sandbox_id"])
+        if handle["sandbox_id"] == hangs.provider_name:
+            await answer.wait()
+        return await kill(self, handle)
+
+    monkeypatch.setattr(scripted.ScriptedBackend, "kill", slowly)
+    async with asyncio.timeout(60):
+        while await Sandbox.objects.filter(pk=other.pk, ended_at=None).aexists():
+            await operations.reap(orphans=False, patience_seconds=0)
+    assert await operations.reap(orphans=False, patience_seconds=0) == 0
+
+    assert sorted(asked) == sorted([hangs.provider_name, other.provider_name])
+    answer.set()
+    await asyncio.wait(list(_ending.values()))
+    assert (await Sandbox.objects.aget(pk=hangs.pk)).state == SandboxState.GONE
+
+
+async def test_a_session_whose_process_died_while_it_was_made_does_not_wait_for_the_longest_boot(caller, settings):
+    session, _, _ = await rows(sessions._intend, caller, SessionRequest(), None)
+    await running.backends.get("first").create(spec_of(session))
+    silent = timezone.now() - timedelta(seconds=settings.HEARTBEAT_SECONDS * STALE_BEATS + 1)
+    await Sandbox.objects.aupdate(last_used_at=silent)
+
+    await operations.reap(orphans=False)
+
+    assert not machines()[session.provider_name].alive
+    assert (await Sandbox.objects.aget()).end_reason == "lost"
+
+
+async def test_a_session_that_is_slowly_made_shows_signs_of_life_meanwhile(caller, monkeypatch, settings):
+    settings.HEARTBEAT_SECONDS = 0.05
+    made, create = asyncio.Event(), scripted.ScriptedBackend.create
+
+    async def slowly(self, spec):
+        await made.wait()
+        return await create(self, spec)
+
+    monkeypatch.setattr(scripted.ScriptedBackend, "create", slowly)
+    opening = asyncio.create_task(operations.open_session(caller=caller, request=SessionRequest()))
+    async with asyncio.timeout(60):
+        while not await Sandbox.objects.aexists():
+            await asyncio.sleep(0.01)
+        began = timezone.now()
+        while not await Sandbox.objects.filter(last_used_at__gt=began).aexists():
+            await asyncio.sleep(0.01)
+        made.set()
+
+        assert (await opening).state == SandboxState.LEASED
 
 
 async def test_a_machine_whose_row_is_gone_is_killed_and_a_strangers_is_not(caller):

@@ -38,7 +38,7 @@ CREATE_SECONDS = 20  # as long as the API answers others
 QUIET_SECONDS = 2.0  # after which a create wonders whether it does
 LOOK_SECONDS = 5  # for a sandbox whose create was not answered
 CHECK_SECONDS = 5
-KILL_SECONDS = 6  # what is not confirmed by then is asked for again
+KILL_SECONDS = (6, 4, 2)  # of each time that it is asked for; what is not confirmed by then, `reap` asks for again
 TURN_SECONDS = 60  # E2B takes about 4 s to pause each GiB of memory
 SANDBOXES_HELD = 256
 TYPES = {"dir": "directory", "file": "file", "symlink": "symlink"}
@@ -69,7 +69,6 @@ class E2BBackend(Backend):
         samples=True,
     )
     isolation = "microvm"
-    boot_seconds = CREATE_SECONDS + LOOK_SECONDS
     slow_seconds = 1.5  # of 100 creates 99 have answered after half of it
 
     def __init__(self, alias: str, options: dict[str, Any]) -> None:
@@ -222,9 +221,24 @@ class E2BBackend(Backend):
         await self._told("post_v_2_sandboxes_sandbox_id_connect", handle, seconds=TURN_SECONDS, body=body)
 
     async def kill(self, handle: Handle) -> bool:
-        await self._told(
-            "delete_sandboxes_sandbox_id", handle, but=404, seconds=KILL_SECONDS
-        )  # 404: it was gone before
+        """Where no answer comes it is asked for once more beside the first: two kills are one."""
+        asking: set[asyncio.Task[None]] = set()
+        try:
+            for left in KILL_SECONDS:
+                kill = self._told(
+                    "delete_sandboxes_sandbox_id", handle, but=404, seconds=left
+                )  # 404: it was gone before
+                asking.add(asyncio.ensure_future(kill))
+                patience = KILL_SECONDS[0] - KILL_SECONDS[1]
+                done, _ = await asyncio.wait(asking, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    break
+            else:
+                done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for one in asking:
+                one.cancel()
         self._sandboxes.pop(handle["e2b_id"], None)
         return True
 
