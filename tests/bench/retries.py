@@ -1,6 +1,7 @@
 """`make soak`: many calls, each under one Idempotency-Key, whose connections are cut at random moments and tried again.
 
-Nothing may run twice, and every try of a call must be answered with the same execution.
+Nothing may run twice, and every try of a call must be answered with the same execution. With RETRY_DATA (a folder that is kept) and
+RETRY_FROM (the first call's number) a run goes on where an earlier one ended.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import servers
 from tests.bench.load import one
-from tests.product import running_product
+from tests.product import start
 
-CALLS = int(os.environ.get("RETRY_CALLS", "10000"))
+CALLS, FIRST = int(os.environ.get("RETRY_CALLS", "10000")), int(os.environ.get("RETRY_FROM", "0"))
 CLIENTS = 16
 SEED = 20261124
 MOST_CUTS = 4  # of one call; then it is let finish
@@ -87,18 +90,18 @@ async def call(port: int, raw: bytes, dice: random.Random, tally: Tally) -> str:
         return json.loads(body)["id"]
 
 
-async def storm(port: int, key: str, calls: int, body: dict, run: str = "storm", seed: int = SEED) -> Tally:
-    """So many calls, a few at a time; each is asked for once more at the end, and must be the same."""
-    tally, waiting = Tally(), iter(range(calls))
+async def storm(port: int, key: str, calls: int, body: dict, run: str = "storm", first: int = 0) -> Tally:
+    """So many calls, a few at a time; every tenth is asked for once more at the end, and must be the same."""
+    tally, waiting = Tally(), iter(range(first, first + calls))
 
     async def client(number: int) -> None:
-        dice = random.Random(seed + number)
+        dice = random.Random(SEED + first + number)
         for n in waiting:
             raw = request(key, run, n, body)
-            first = await call(port, raw, dice, tally)
-            again = await call(port, raw, random.Random(0), tally) if n % 10 == 0 else first
-            if first != again:
-                tally.wrong.append(f"call {n}: {first}, then {again}")
+            answered = await call(port, raw, dice, tally)
+            again = await call(port, raw, random.Random(0), tally) if n % 10 == 0 else answered
+            if answered != again:
+                tally.wrong.append(f"call {n}: {answered}, then {again}")
             tally.calls += 1
             if tally.calls % 1000 == 0:
                 print(f"{tally.calls} calls, {tally.tries} tries", flush=True)
@@ -107,26 +110,35 @@ async def storm(port: int, key: str, calls: int, body: dict, run: str = "storm",
     return tally
 
 
-def stored(database: Path, run: str) -> tuple[int, int]:
-    """(executions, different calls that they are of)."""
+def stored(database: Path, run: str) -> tuple[int, int, int]:
+    """(executions, different calls that they are of, attempts)."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as rows:
-        found = "json_extract(metadata, '$.n')", "executions_execution", "json_extract(metadata, '$.run') = ?"
-        return rows.execute(f"SELECT COUNT(*), COUNT(DISTINCT {found[0]}) FROM {found[1]} WHERE {found[2]}", [run]).fetchone()  # fmt: skip
+        return rows.execute(
+            "SELECT COUNT(DISTINCT e.id), COUNT(DISTINCT json_extract(metadata, '$.n')), COUNT(a.id) FROM executions_execution e "
+            "LEFT JOIN executions_attempt a ON a.execution_id = e.id WHERE json_extract(metadata, '$.run') = ?",
+            [run],
+        ).fetchone()
 
 
 def main() -> None:
     named = os.environ.get("SANDGATE_TEMPLATE_PYTHON")
-    with running_product(Path(named) if named else None, SANDGATE_SCRIPTED="1") as product:
+    with ExitStack() as held:
+        data = Path(os.environ.get("RETRY_DATA") or held.enter_context(servers.folder()))
+        product = start(data, servers.free_port(), Path(named) if named else None, SANDGATE_SCRIPTED="1")
+        held.callback(servers.end, product.process)
+        kept = data / "retries.key"  # it is shown at the first start only
+        if product.key:
+            kept.write_text(product.key)
         port, began = int(product.url.rsplit(":", 1)[1]), time.perf_counter()
         body = {"code": "#> hi\n#~ 0.01\n#= 1", "route": ["scripted"]}
-        tally = asyncio.run(storm(port, product.key, CALLS, body))
+        tally = asyncio.run(storm(port, kept.read_text(), CALLS, body, first=FIRST))
         spent = time.perf_counter() - began
-        executions, calls = stored(product.data / "sandgate.sqlite3", "storm")
+        executions, calls, attempts = stored(data / "sandgate.sqlite3", "storm")
     print(
         f"{tally.calls} calls in {tally.tries} tries, {sum(tally.cuts.values())} connections cut ({dict(tally.cuts)}), "
-        f"{spent:.0f} s: {executions} executions of {calls} calls, {executions - calls} duplicates"
+        f"{spent:.0f} s: in all {executions} executions in {attempts} attempts of {calls} calls, {executions - calls} duplicates"
     )
-    if tally.wrong or executions != calls or calls != CALLS:
+    if tally.wrong or not executions == calls == attempts == FIRST + CALLS:
         sys.exit("\n".join(tally.wrong[:20]) or "not every call ran exactly once")
 
 

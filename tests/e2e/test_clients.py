@@ -95,7 +95,7 @@ async def test_nothing_runs_twice_when_connections_are_cut_and_tried_again(produ
 
     assert tally.wrong == []
     assert sum(tally.cuts.values()) > 24
-    assert retries.stored(product.data / "sandgate.sqlite3", "slice") == (24, 24)
+    assert retries.stored(product.data / "sandgate.sqlite3", "slice") == (24, 24, 24)
 
 
 def test_without_an_e2b_key_an_unauthenticated_call_is_401_and_an_authenticated_one_runs_locally_with_a_costed_record(
