@@ -36,6 +36,7 @@ from executions.states import AttemptOutcome, ExecutionState, SandboxState, Unit
 
 MOST = 20  # wrong rows of one check that are told
 AT_ONCE = timedelta(seconds=2)  # an admission that had begun when a quota's window did may count in it or not
+FAR_PATIENCE = timedelta(minutes=2)  # as `reap` has with what lives on another machine
 OVERDUE_SECONDS = 30  # after which what a dead process has left is taken care of
 NEVER_TWICE = (AttemptOutcome.RAN, AttemptOutcome.LOST)
 
@@ -289,10 +290,14 @@ def owned() -> Iterator[Wrong]:
     for execution in live.filter(heartbeat_at=None, waits_until__lt=before):
         yield Wrong("execution", execution.pk, f"a runner or an end by {execution.waits_until}", "neither")
     held = Sandbox.objects.open().exclude(state=SandboxState.RETIRING).order_by("pk")
-    for sandbox in held.filter(leased_until__lt=before - timedelta(seconds=settings.KEEP_GRACE_SECONDS)):
+    ends = before - timedelta(seconds=settings.KEEP_GRACE_SECONDS)
+    late = Q(node__in=["", settings.NODE], leased_until__lt=ends) | Q(leased_until__lt=ends - FAR_PATIENCE)
+    for sandbox in held.filter(late):
         yield Wrong("sandbox", sandbox.pk, f"an end by {sandbox.leased_until}", sandbox.state)
     used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")
-    for sandbox in held.filter(kept=False, state=SandboxState.LEASED, last_used_at__lt=before).exclude(pk__in=used):
+    for sandbox in (
+        held.here().filter(kept=False, state=SandboxState.LEASED, last_used_at__lt=before).exclude(pk__in=used)
+    ):
         if sandbox.ready_at is None or sandbox.ready_at < before:
             yield Wrong("sandbox", sandbox.pk, "an execution or an end", "leased by nobody")
 

@@ -90,7 +90,10 @@ def pieces(sha256: str, start: int = 0, length: int | None = None, piece_bytes: 
 
 
 def sweep(referenced: Callable[[list[str]], set[str]]) -> int:
-    """Remove the contents that no row refers to, and what was never finished. Returns how many."""
+    """Remove the contents that no row refers to, and what was never finished. Returns how many.
+
+    While somebody adds one, or a backup reads them all, nothing is waited for: the next round finds them, too.
+    """
     folder = Path(settings.ARTIFACTS_DIR)
     if not folder.is_dir():
         return 0
@@ -104,8 +107,11 @@ def sweep(referenced: Callable[[list[str]], set[str]]) -> int:
     names = [path.name for path in folder.glob("[0-9a-f][0-9a-f]/*") if len(path.name) == 64]
     for start in range(0, len(names), SHARE):
         share = names[start : start + SHARE]
-        with _locked(fcntl.LOCK_EX):
-            for name in set(share) - referenced(share):
-                place(name).unlink(missing_ok=True)
-                removed += 1
+        try:
+            with _locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for name in set(share) - referenced(share):
+                    place(name).unlink(missing_ok=True)
+                    removed += 1
+        except BlockingIOError:
+            continue
     return removed

@@ -23,6 +23,8 @@ UNPACKED_BYTES = 3 << 30
 EXPANSION = 40  # unpacked to packed; real wheels stay below 15
 EXPANSION_FREE_BYTES = 32 << 20
 FILES = 60_000
+DIRECTORY_BYTES = 16 << 20  # of the list of entries: 280 for each of so many files
+END64_BYTES = 76  # which may stand between the list and its end
 METADATA_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
 LEFT_OUT = re.compile(r"[^/]*\.pth|(site|user)customize([./].*)?")  # a Python would run these by itself
@@ -64,7 +66,7 @@ def examined(path: Path, *, wheel: str, name: str, version: str) -> dict[str, ob
     """Its licence ("" unknown) and the names that it needs. InstallFailed for a wheel that is not what it says, or an attack."""
     try:
         said_name, said_version, _, _ = parse_wheel_filename(wheel)
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path, wheel) as archive:
             _check(archive, path.stat().st_size, wheel)
             headers = HeaderParser().parsestr(_metadata(archive, wheel))
     except InstallFailed:
@@ -94,10 +96,24 @@ def _same(one: str, other: str) -> bool:
         return False
 
 
+def _opened(path: Path, wheel: str) -> zipfile.ZipFile:
+    """ZipFile makes an object for each entry as it opens, so their list is looked at first. Raises InstallFailed, BadZipFile."""
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # what ZipFile itself goes by
+        if end is None:
+            raise zipfile.BadZipFile("it is no zip file")
+        size, before = end[zipfile._ECD_SIZE], end[zipfile._ECD_LOCATION]  # type: ignore[attr-defined]
+        if size > DIRECTORY_BYTES:
+            raise InstallFailed(f"{wheel} has a list of files of {size:,} bytes: it is not read.")
+        file.seek(max(0, before - size - END64_BYTES))
+        entries = file.read(size + END64_BYTES).count(zipfile.stringCentralDir)  # type: ignore[attr-defined]
+    if entries > FILES:
+        raise InstallFailed(f"{wheel} has {entries:,} files; at most {FILES:,} are unpacked.")
+    return zipfile.ZipFile(path)
+
+
 def _check(archive: zipfile.ZipFile, packed: int, wheel: str) -> None:
     entries = archive.infolist()
-    if len(entries) > FILES:
-        raise InstallFailed(f"{wheel} has {len(entries):,} files; at most {FILES:,} are unpacked.")
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > min(UNPACKED_BYTES, packed * EXPANSION + EXPANSION_FREE_BYTES):
         raise InstallFailed(f"{wheel} would unpack to {unpacked:,} bytes, out of {packed:,}: it is not unpacked.")
@@ -154,7 +170,7 @@ def unpack(path: Path, target: Path) -> None:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+    with _opened(path, path.name) as archive:
         for entry in archive.infolist():
             if entry.is_dir() or (re.match(r"[^/]+\.data/", entry.filename) and not DATA.fullmatch(entry.filename)):
                 continue  # scripts, headers, files for elsewhere

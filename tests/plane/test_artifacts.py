@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import os
-import threading
 from datetime import timedelta
 
 import pytest
@@ -393,16 +392,13 @@ def test_nothing_is_swept_away_between_a_content_and_its_row(shelf):
     incoming = store.Incoming()
     incoming.write(b"x")
     rows_now: set[str] = set()
-    with store.adding():
+    with store.adding():  # as a backup does, for as long as it reads
         incoming.settle()
-        sweeping = threading.Thread(target=store.sweep, args=(lambda _: rows_now,))
-        sweeping.start()
-        sweeping.join(0.2)
-        assert sweeping.is_alive()
-        rows_now.add(incoming.sha256)
-    sweeping.join(5)
+        meanwhile = store.sweep(lambda _: rows_now)
+    assert (meanwhile, store.place(incoming.sha256).exists()) == (0, True)
 
-    assert store.place(incoming.sha256).exists()
+    assert store.sweep(lambda _: rows_now) == 1
+    assert not store.place(incoming.sha256).exists()
     incoming.close()
 
 

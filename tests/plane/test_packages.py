@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import stat
+import struct
 import sys
 import threading
 import zipfile
@@ -338,7 +339,14 @@ def wheel_with(path: str, content: bytes = b"", mode: int = 0) -> bytes:
     return whole.getvalue()
 
 
+def zip_with(entries: bytes) -> bytes:
+    """Ends as a zip file whose list of entries this is."""
+    return entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entries), 0, 0)
+
+
 ATTACKS = {
+    "endless list of files": zip_with(b"\0" * (17 << 20)),
+    "too many files": zip_with((b"PK\1\2" + b"\0" * 42) * 60_001),
     "leads out": wheel_with("../../outside.py"),
     "absolute path": wheel_with("/etc/cron.d/x"),
     "absolute once spread": wheel_with("acme-1.0.data/purelib//etc/cron.d/x"),
@@ -351,6 +359,16 @@ ATTACKS = {
     "another version": made("acme", "2.0", {"x.py": ""}),
     "no wheel": b"PK nothing",
 }
+
+
+@pytest.mark.parametrize("attack", ["endless list of files", "too many files"])
+def test_a_list_of_files_that_would_fill_the_memory_is_not_opened(attack, tmp_path, monkeypatch):
+    path = tmp_path / "stored"
+    path.write_bytes(ATTACKS[attack])
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+
+    with pytest.raises(InstallFailed, match=r"acme-1.0-py3-none-any.whl has (a list of files of|60,001 files)"):
+        wheels.examined(path, wheel="acme-1.0-py3-none-any.whl", name="acme", version="1.0")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -279,6 +279,25 @@ WRONG = [
 ]
 
 
+async def test_what_lives_on_another_machine_is_missed_later(lived, settings):
+    """Its node ends it by itself, and only then may others say that it has gone."""
+    await live(lived)
+
+    def elsewhere(ends: timedelta) -> dict[str, list[str]]:
+        with transaction.atomic():
+            named = a_session_past_its_end()
+            Sandbox.objects.filter(pk=named).update(node="another", leased_until=timezone.now() - ends)
+            wrong = found()
+            transaction.set_rollback(True)
+        return wrong
+
+    grace = timedelta(seconds=settings.KEEP_GRACE_SECONDS + invariants.OVERDUE_SECONDS)
+    soon = await rows(elsewhere, grace + timedelta(seconds=60))
+    late = await rows(elsewhere, grace + timedelta(seconds=180))
+
+    assert ("owned" in soon, "owned" in late) == (False, True)
+
+
 async def test_each_kind_of_wrong_row_is_named(lived):
     await live(lived)
 
