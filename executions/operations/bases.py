@@ -17,8 +17,8 @@ from executions.errors import InstallFailed
 from executions.models import Sandbox, Template
 
 ASK = (
-    "import json, platform, sys, importlib.metadata as m; "
-    "print(json.dumps([list(sys.version_info[:2]), platform.machine(), {d.name: d.version for d in m.distributions()}]))"
+    'import json, platform, sys, importlib.metadata as m; there = [p for p in sys.path if not p.endswith("/.packages")]; '
+    "print(json.dumps([list(sys.version_info[:2]), platform.machine(), {d.name: d.version for d in m.distributions(path=there)}]))"
 )
 KNOWN_SECONDS = 600
 NAME, VERSION = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*"), re.compile(r"[A-Za-z0-9.!+_-]{1,100}")

@@ -12,17 +12,33 @@ from typing import Any
 
 from executions import backends
 from executions.backends.base import Handle
+from executions.errors import InstallFailed
 from executions.models import Sandbox
 from executions.operations.bases import said
 from executions.packages import layers
 
 TARGET = "$HOME/.packages"  # behind the template's own packages on sys.path: never in front of them
-TAKE = '[ -d "{target}" ] || mkdir -p "{target}"; tar -xf "{archive}" -C "{target}"; s=$?; rm -f "{archive}"; exit $s'
+TAKE = '[ -d "{target}" ] || mkdir -p "{target}"; tar -xf "{archive}" -C "{target}"; s=$?; rm -f "{archive}"; echo "{target}"; exit $s'
 PROVE = 'printf "%s  %s\\n" {sha256} "{archive}" | sha256sum -c --status || {{ echo "the archive has another hash" >&2; exit 1; }}; '
-SEE = (
-    "import sys, os.path, importlib\nsys.path += {os.path.expanduser('~/.packages')} - {*sys.path}\n"
-    "importlib.invalidate_caches()\n"
-)
+# For the kernel that runs, and by a line in a folder of its own site for those that start later. The folder is named: E2B's kernel is
+# root, and its home another one than that of commands.
+SEE = """
+def _see(folder):
+    import importlib, os, site, sys
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    for place in (*site.getsitepackages(), site.getusersitepackages()):
+        try:
+            os.makedirs(place, exist_ok=True)
+            with open(os.path.join(place, "sandgate.pth"), "w") as line:
+                line.write(folder + chr(10))
+            break
+        except OSError:
+            pass
+_see({folder!r})
+del _see
+"""
 THREADS = 4  # that wait for an index or a disk
 
 _threads = ThreadPoolExecutor(THREADS, "packages")
@@ -49,10 +65,12 @@ async def put(sandbox: Sandbox, hashes: Iterable[str], handle: Handle | None = N
     await backend.write_file(machine, f"/tmp/{name}", _pieces(archive))
     at = "${TMPDIR:-/tmp}/" + name  # to the API always in /tmp
     proof = PROVE.format(sha256=sha256, archive=at) if backend.remote else ""
-    await said(sandbox, proof + TAKE.format(target=TARGET, archive=at), machine)
+    answer = await said(sandbox, proof + TAKE.format(target=TARGET, archive=at), machine)
     if not backend.capabilities.layers:  # where every Python looks there by itself nothing else is needed
-        async for _ in backend.run_code(machine, SEE, timeout_seconds=30):
-            pass
+        see = SEE.format(folder=answer.strip().rpartition("\n")[2])
+        async for event in backend.run_code(machine, see, timeout_seconds=30):
+            if event.kind == "error":
+                raise InstallFailed(f"The sandbox's Python could not see the packages: {event.data['value'][:200]}")
 
 
 async def _pieces(archive: Path) -> AsyncIterator[bytes]:
