@@ -162,7 +162,7 @@ def _answer(status: int, given: Any, references: dict[Any, Any]) -> dict[str, An
             one = references[shape, "serialization"] if shape else {"type": "object"}
             fields: dict[str, Any] = {"results": {"type": "array", "items": one}}
             if paged:
-                fields |= {name: {"type": ["string", "null"], "format": "uri"} for name in ("next", "previous")}
+                fields["next"] = {"type": ["string", "null"], "format": "uri"}
             content = {
                 "application/json": {"schema": {"type": "object", "properties": fields, "required": ["results"]}}
             }

@@ -8,19 +8,35 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from pydantic import BaseModel
-from rest_framework.pagination import CursorPagination
+from rest_framework.pagination import BasePagination
+from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
+from rest_framework.utils.urls import replace_query_param
 
+from executions import newest
 from executions.errors import Invalid
 
 
-class Pages(CursorPagination):
-    """Newest first; `cursor` from next, `limit` up to 200."""
+class Pages(BasePagination):
+    """Newest first; `cursor` from next, `limit` up to 200. The view's `read` says how its list is read."""
 
     page_size = 50
     max_page_size = 200
-    page_size_query_param = "limit"
-    ordering = ("-created_at", "-id")
+
+    def paginate_queryset(self, queryset: Any, request: Any, view: Any = None) -> list[Any]:
+        self.url = request.build_absolute_uri()
+        limit, cursor = request.GET.get("limit", ""), request.GET.get("cursor", "")
+        wanted = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 10 else self.page_size
+        after = newest.place(cursor)
+        if cursor and after is None:
+            raise Invalid("That is not a cursor of this list.", field="cursor", remedy="Begin again without a cursor.")
+        size = min(wanted or self.page_size, self.max_page_size)
+        found, self.next = view.read(queryset, size, after)
+        return found
+
+    def get_paginated_response(self, data: Any) -> Response:
+        following = replace_query_param(self.url, "cursor", str(self.next)) if self.next else None
+        return Response({"next": following, "results": data})
 
 
 def shaped(shape: Callable[[Any], Any]) -> type[BaseSerializer]:

@@ -10,17 +10,17 @@ from typing import Any
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.contrib.auth.views import redirect_to_login
-from django.db.models import Q, QuerySet, Sum
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
-from django.utils import timezone
 
-from executions import audit, backends, breaker, keys, quotas
+from executions import audit, backends, breaker, keys, newest
 from executions.egress import words
 from executions.errors import Invalid, SandgateError, Unauthenticated
 from executions.hop import rows
 from executions.keys import Caller
-from executions.models import Agent, ApiKey, Membership, Quota, Sandbox, Usage
+from executions.models import Agent, ApiKey, Membership, Quota, Sandbox
+from executions.reports import spend
 from executions.states import Scope, Unit, Window
 
 View = Callable[..., Any]
@@ -91,7 +91,7 @@ def body(request: HttpRequest) -> Any:
 def page(request: MemberRequest, template: str, here: str, **context: Any) -> HttpResponse:
     """A page of the console with its header and navigation."""
     caller = request.caller
-    sessions = Sandbox.objects.open().sessions().filter(team=caller.team).order_by("-created_at", "-id")[:6]
+    sessions, _ = newest.few(Sandbox.objects.open().sessions().filter(team=caller.team), 6)
     role = Membership.objects.filter(team=caller.team, user=caller.person).values_list("role", flat=True).first()
     theme = request.COOKIES.get("theme")
     around = {
@@ -111,12 +111,13 @@ def page(request: MemberRequest, template: str, here: str, **context: Any) -> Ht
 
 
 def spend_today(caller: Caller) -> dict[str, int | None]:
-    """What the team has spent since its midnight, and its tightest budget per day."""
-    since = quotas.window_start(Window.DAY, caller.team.time_zone, timezone.now())
-    spent = Usage.objects.filter(team=caller.team, at__gte=since).aggregate(total=Sum("cost_nano_usd"))["total"]
+    """What the team has spent today, and its tightest budget per day."""
     own = Q(team=None) | Q(team=caller.team)
     budgets = Quota.objects.filter(own, agent=None, key=None, unit=Unit.NANO_USD, window=Window.DAY)
-    return {"nano_usd": spent or 0, "limit_nano_usd": min(budgets.values_list("limit", flat=True), default=None)}
+    return {
+        "nano_usd": spend.today(team=caller.team),
+        "limit_nano_usd": min(budgets.values_list("limit", flat=True), default=None),
+    }
 
 
 def backends_now() -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 
-from executions import audit, backends, demand, quotas
+from executions import audit, backends, demand, newest, quotas
 from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
@@ -23,7 +23,7 @@ from executions.keys import Caller
 from executions.models import Agent, Execution, Quota, Sandbox, Template
 from executions.operations import artifacts_of, find_session
 from executions.reports import spend, totals
-from executions.states import LANGUAGES, EventKind, ExecutionState, Scope, Unit
+from executions.states import EXECUTION_ENDED, LANGUAGES, EventKind, ExecutionState, Scope, Unit
 
 PAGE = 50
 DAYS = 14
@@ -46,13 +46,23 @@ def sessions(request: MemberRequest) -> HttpResponse:
         request,
         "console/sessions.html",
         "sessions",
-        sessions=found.annotate(runs=Count("executions")).order_by("-created_at", "-id")[:PAGE],
+        sessions=_with_runs(found.order_by("-created_at", "-id")[:PAGE]),
         agents=agents_of(caller),
         templates=Template.objects.filter(is_active=True).order_by("name"),
         key=key_of(caller),
         example=EXAMPLE,
         curl=curl(),
     )
+
+
+def _with_runs(found: QuerySet[Sandbox]) -> list[Any]:
+    """The sessions, each with how many `runs` it has had."""
+    sessions: list[Any] = list(found)
+    within = Execution.objects.filter(sandbox__in=[one.pk for one in sessions]).order_by()
+    runs = dict(within.values_list("sandbox").annotate(Count("pk")))
+    for one in sessions:
+        one.runs = runs.get(one.pk, 0)
+    return sessions
 
 
 @member
@@ -92,18 +102,13 @@ def session(request: MemberRequest, session_id: str) -> HttpResponse:
 def runs(request: MemberRequest) -> HttpResponse:
     caller = request.caller
     filters = {name: request.GET.get(name, "")[:200] for name in ("q", "state", "agent", "backend", "language")}
-    found = _filtered(Execution.objects.filter(team=caller.team), filters)
-    if before := request.GET.get("before"):
-        cursor = Execution.objects.filter(team=caller.team, id=before).first()
-        if cursor is not None:
-            at = cursor.created_at
-            found = found.filter(Q(created_at__lt=at) | Q(created_at=at, id__lt=cursor.id))
-    listed = list(found.select_related("agent__person", "sandbox").defer("files", "env")[: PAGE + 1])
+    before = request.GET.get("before", "")
+    listed, further = _found(caller, filters, newest.place(before))
     query = QueryDict(mutable=True)
     query.update({name: value for name, value in filters.items() if value})
     first_page = query.urlencode()
-    if len(listed) > PAGE:
-        query["before"] = listed[PAGE - 1].id
+    if further:
+        query["before"] = str(further)
     agents = [(a.name, agent_name(a)) for a in agents_of(caller)]
     choices = [
         ("state", "State", [(s.value, s.value.replace("_", " ")) for s in ExecutionState]),
@@ -115,26 +120,40 @@ def runs(request: MemberRequest) -> HttpResponse:
         request,
         "console/runs.html",
         "runs",
-        runs=listed[:PAGE],
+        runs=listed,
         filters=filters,
         filtered=any(filters.values()),
         choices=[{"name": n, "label": label, "options": o, "value": filters[n]} for n, label, o in choices],
         before=before,
         first_page=first_page,
-        older=query.urlencode() if len(listed) > PAGE else "",
+        older=query.urlencode() if further else "",
+        looked_at=f"{newest.LOOKED_AT:,}",
         key=key_of(caller),
         curl=curl(),
     )
 
 
-def _filtered(found: QuerySet[Execution], filters: dict[str, str]) -> QuerySet[Execution]:
-    columns = {"state": "state", "agent": "agent__name", "backend": "backend", "language": "language"}
-    for name, column in columns.items():
+def _found(
+    caller: Caller, filters: dict[str, str], after: newest.Place | None
+) -> tuple[list[Execution], newest.Place | None]:
+    """A page of the team's runs that match, and where the next begins."""
+    every = Execution.objects.select_related("agent__person", "sandbox").defer("files", "env")
+    of = every.filter(team=caller.team)
+    text, state = filters["q"].strip(), filters["state"]
+    if text.startswith("exe_") and (one := of.filter(id=text).first()):
+        return [one], None
+    if name := filters["agent"]:
+        agent = Agent.objects.filter(team=caller.team, name=name).first()
+        of = every.filter(agent=agent) if agent else every.none()
+    found = newest.also(of, team_id=caller.team.pk)
+    for name in ("state", "backend", "language"):
         if filters[name]:
-            found = found.filter(**{column: filters[name]})
-    if text := filters["q"].strip():
-        found = found.filter(Q(id=text) | Q(workflow=text) | Q(code__icontains=text))
-    return found.order_by("-created_at", "-id")
+            found = found.filter(**{name: filters[name]})
+    if text:
+        found = found.filter(Q(workflow=text) | Q(code__icontains=text))
+    if state and state not in EXECUTION_ENDED:
+        return newest.few(found.filter(ended_at__isnull=True), PAGE, after=after)
+    return newest.page(found, PAGE, of=of, after=after)
 
 
 def find_run(caller: Caller, execution_id: str) -> Execution:
@@ -234,6 +253,7 @@ def usage(request: MemberRequest) -> HttpResponse:
         lines.append({"day": day, "agent": names[agent], "backend": backend, "line": line})
     lines.sort(key=lambda line: (-line["day"].toordinal(), line["agent"], line["backend"]))
     midnight = datetime.combine(today, datetime.min.time(), tzinfo=zone)
+    ran_today = Execution.objects.filter(team=caller.team, created_at__gte=midnight)
     open_sandboxes = Sandbox.objects.open().filter(team=caller.team)
     return page(
         request,
@@ -244,7 +264,7 @@ def usage(request: MemberRequest) -> HttpResponse:
         total=sum(line.charged_nano_usd for line in spent),
         total_seconds=sum(line.duration_us for line in spent),
         reserved=open_sandboxes.aggregate(total=Sum("reserved_nano_usd"))["total"] or 0,
-        runs_today=Execution.objects.filter(team=caller.team, created_at__gte=midnight).count(),
+        runs_today=newest.counted(ran_today),
         quotas=[_quota_line(quota) for quota in quotas.of(caller)],
         spend=spend_today(caller),
         key=key_of(caller),

@@ -6,6 +6,7 @@ from typing import Any
 
 from django.db.models import Count, Max, Min, Q, QuerySet, Sum
 
+from executions import newest
 from executions.errors import NotFound
 from executions.hop import rows
 from executions.keys import Caller
@@ -20,9 +21,9 @@ TIMELINE_MOST = 1000
 
 def find_workflow(caller: Caller, workflow: str) -> QuerySet[Execution]:
     """Its executions, as far as the caller sees them. Raises NotFound where there is none."""
-    found = Execution.objects.filter(team=caller.team, workflow=workflow) if workflow else Execution.objects.none()
+    found: QuerySet = Execution.objects.filter(newest.Labelled("workflow"), team=caller.team, workflow=workflow)
     if caller.key is not None and caller.key.agent_id:
-        found = found.filter(agent=caller.key.agent_id)
+        found = newest.also(found, agent_id=caller.key.agent_id)
     if not found.exists():
         raise NotFound(f"There is no execution with the workflow {workflow[:100]!r}.", field="workflow")
     return found

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from django.conf import settings
 from django.db.models import F, Q, QuerySet, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
-from executions import costs
+from executions import costs, newest
 from executions.models import Agent, CostTotal, Rate, Team, Usage
 from executions.reports.totals import midnight
 
@@ -154,6 +156,19 @@ def _folded(found: Iterable[Sequence[Any]], width: int) -> list[Line]:
 
 def total(period: Period) -> Line:
     return next(iter(lines(period)), Line(()))
+
+
+def today(team: Team | None = None, **scope: Any) -> int:
+    """Nano-dollars of the team's day so far (or of the installation's), with what is in no total yet."""
+    zone = team.time_zone if team else settings.TIME_ZONE
+    day = timezone.now().astimezone(ZoneInfo(zone)).date()
+    scope |= {"team": team} if team else {}
+    counted = CostTotal.objects.filter(grain=CostTotal.DAY, by=CostTotal.ALL, day=day, **scope)
+    fresh = Usage.objects.filter(is_counted=False).alias(since=Coalesce("at", "at"))  # by the index of such rows alone
+    fresh = fresh.filter(since__gte=midnight(day, zone))
+    if scope:
+        fresh = newest.also(fresh, **{f"{name}_id": row.pk for name, row in scope.items()})
+    return sum(rows.aggregate(total=Sum("cost_nano_usd"))["total"] or 0 for rows in (counted, fresh))
 
 
 # The month
