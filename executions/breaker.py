@@ -3,7 +3,8 @@
 Closed: sandboxes are asked for. FAILURES in a row, or a backend that asks for time (Retry-After), open it: nobody asks
 until `retry_at`. Then one process claims the probe, for as long as its lease lasts; what the probe says closes it, or
 opens it for longer. The row is the truth; each process reads it at most every SEEN_SECONDS, and writes only failures
-and what follows from them. Times are the application's clock; a clock that was set back delays nothing (`_due`).
+and what follows from them. A backend whose sandboxes live on one machine has a row for each: what fails on another
+says nothing of this one. Times are the application's clock; a clock that was set back delays nothing (`_due`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import secrets
 import time
 from datetime import datetime, timedelta
 
+from django.conf import settings
 from django.db.models import F, Q
 from django.utils import timezone
 
+from executions import backends
 from executions.models import BackendState
 from executions.states import BreakerState
 
@@ -36,11 +39,19 @@ _made: set[str] = set()  # where this process has made a sandbox since its last 
 
 
 def look(*, again: bool = False) -> dict[str, BackendState]:
-    """The rows of all backends that have one, at most SEEN_SECONDS old; `again`: as they are now."""
+    """The rows of all backends that have one here, at most SEEN_SECONDS old; `again`: as they are now."""
     global _seen
     if again or time.monotonic() - _seen[0] > SEEN_SECONDS:
-        _seen = (time.monotonic(), {row.alias: row for row in BackendState.objects.all()})
+        rows = {row.alias: row for row in BackendState.objects.all()}
+        here = {alias: rows.get(_name(alias)) for alias in {known.partition("@")[0] for known in rows}}
+        _seen = (time.monotonic(), {alias: row for alias, row in here.items() if row is not None})
     return _seen[1]
+
+
+def _name(alias: str) -> str:
+    """Of the row in which processes of this machine look: `local@this-machine`, where each has sandboxes of its own."""
+    has_node = backends.is_known(alias) and backends.get(alias).has_node
+    return f"{alias}@{settings.NODE}" if has_node else alias
 
 
 def seen(alias: str) -> BackendState:
@@ -81,7 +92,7 @@ def _wait(row: BackendState, now: datetime) -> int:
 def lets_one_through(alias: str) -> bool:
     """Whether this request is to be the probe: true for one every few seconds, where no process sees to probes."""
     now = timezone.now()
-    overdue = BackendState.objects.filter(_due(now - UNATTENDED), alias=alias)
+    overdue = BackendState.objects.filter(_due(now - UNATTENDED), alias=_name(alias))
     if now - UNATTENDED < (seen(alias).retry_at or now):
         return False
     through = overdue.update(state=OPEN, silent=True, retry_at=now, changed_at=now, probe_by="")  # `clear` may close it
@@ -101,22 +112,22 @@ def worked(alias: str) -> bool:
 
 def clear(alias: str) -> None:
     """A failure was one alone; and what is merely slow, not silent, is used again."""
-    BackendState.objects.filter(alias=alias, state=CLOSED, streak__gt=0).update(streak=0)
-    _close(BackendState.objects.filter(alias=alias, state=OPEN, silent=True), alias)
+    BackendState.objects.filter(alias=_name(alias), state=CLOSED, streak__gt=0).update(streak=0)
+    _close(BackendState.objects.filter(alias=_name(alias), state=OPEN, silent=True), alias)
     look(again=True)
 
 
 def failed(alias: str, why: str, *, began: datetime, retry_after: float = 0, silent: bool = False) -> None:
     """No sandbox could be made. What `began` before the breaker last closed tells of an outage that is over."""
     now = timezone.now()
-    mine = BackendState.objects.filter(alias=alias)
+    mine = BackendState.objects.filter(alias=_name(alias))
     until = now + timedelta(seconds=max(WAITS[0], min(retry_after, RETRY_AFTER_MOST)))
     row = seen(alias)
     if row.state != CLOSED:  # known already
         if retry_after:
             mine.filter(state=OPEN, retry_at__lt=until).update(retry_at=until)
         return
-    BackendState.objects.bulk_create([BackendState(alias=alias)], ignore_conflicts=True)
+    BackendState.objects.bulk_create([BackendState(alias=_name(alias))], ignore_conflicts=True)
     streak = 1 if alias in _made else F("streak") + 1
     _made.discard(alias)
     now_known = {"reason": why[:200], "changed_at": now}
@@ -150,7 +161,7 @@ def due(alias: str) -> bool:
 def claim(alias: str) -> str:
     """Take the one probe of this backend; its token, or empty where another has it or it is not due."""
     now, token = timezone.now(), secrets.token_hex(8)
-    taken = BackendState.objects.filter(_due(now), alias=alias).update(
+    taken = BackendState.objects.filter(_due(now), alias=_name(alias)).update(
         state=HALF_OPEN, probe_by=token, probe_until=now + LEASE, changed_at=now
     )
     look(again=True)
@@ -160,7 +171,7 @@ def claim(alias: str) -> str:
 def answered(alias: str, token: str, why: str, *, retry_after: float = 0) -> None:
     """What the probe said: empty closes the breaker. Nothing changes for one whose lease has gone to another."""
     now = timezone.now()
-    mine = BackendState.objects.filter(alias=alias, state=HALF_OPEN, probe_by=token)
+    mine = BackendState.objects.filter(alias=_name(alias), state=HALF_OPEN, probe_by=token)
     if not why:
         _close(mine, alias)
     elif (row := mine.first()) is not None:
@@ -184,14 +195,14 @@ def _close(rows, alias: str) -> None:
 
 def drill(alias: str, *, by: str, seconds: float) -> None:
     """Play an outage: until then nothing is made at this backend, by anybody. It ends by itself when nobody lifts it."""
-    BackendState.objects.bulk_create([BackendState(alias=alias)], ignore_conflicts=True)
+    BackendState.objects.bulk_create([BackendState(alias=_name(alias))], ignore_conflicts=True)
     until = timezone.now() + min(timedelta(seconds=seconds), DRILL_MOST)
-    BackendState.objects.filter(alias=alias).update(drill_by=by[:100], drill_until=until)
+    BackendState.objects.filter(alias=_name(alias)).update(drill_by=by[:100], drill_until=until)
     look(again=True)
 
 
 def lift(alias: str) -> None:
-    BackendState.objects.filter(alias=alias).update(drill_by="", drill_until=None)
+    BackendState.objects.filter(alias=_name(alias)).update(drill_by="", drill_until=None)
     look(again=True)
 
 

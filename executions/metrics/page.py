@@ -14,9 +14,9 @@ from django.db import DatabaseError
 from django.db.models import Count, Exists, Min, OuterRef, Q, Sum
 from django.utils import timezone
 
-from executions import metrics
+from executions import breaker, metrics
 from executions.metrics.families import FAMILIES, SUM, Family
-from executions.models import BackendState, Execution, MetricTotal, Sandbox, Transition
+from executions.models import Execution, MetricTotal, Sandbox, Transition
 from executions.states import EXECUTION_ENDED, SANDBOX_ENDED, BreakerState, ExecutionState, SandboxState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -82,8 +82,9 @@ def _live() -> Samples:
     dying = Sandbox.objects.open().filter(Exists(step), state=SandboxState.RETIRING)  # a join would begin at the steps
     stuck = dying.values_list("backend").annotate(n=Count("pk"))
     breakers = _zeros(BreakerState.values) | {(alias, BreakerState.CLOSED): 1 for alias in settings.SANDBOXES}
-    for alias, state in BackendState.objects.filter(alias__in=settings.SANDBOXES).values_list("alias", "state"):
-        breakers |= {(alias, other): int(other == state) for other in BreakerState.values}
+    for alias, row in breaker.look(again=True).items():
+        if alias in settings.SANDBOXES:
+            breakers |= {(alias, other): int(other == row.state) for other in BreakerState.values}
     return {
         "sandgate_executions_in_flight": in_flight,
         "sandgate_queue_length": {(): queue["n"]},

@@ -10,7 +10,9 @@ from executions.states import BreakerState
 class BackendState(models.Model):
     """One backend's circuit breaker, its drill, and the pace at which sandboxes are made there. No row: nothing to know."""
 
-    alias = models.CharField(max_length=40, primary_key=True)
+    alias = models.CharField(
+        max_length=110, primary_key=True, help_text="`alias@machine` where sandboxes live on one machine each."
+    )
     state = models.CharField(max_length=9, choices=BreakerState, default=BreakerState.CLOSED, editable=False)
     streak = models.PositiveIntegerField(default=0, help_text="Failures since a sandbox was last made there.")
     reason = models.CharField(max_length=200, blank=True, help_text="What the latest failure said.")

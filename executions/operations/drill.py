@@ -16,7 +16,7 @@ from django.utils import timezone
 from executions import audit, backends, breaker
 from executions.errors import BackendError, Invalid
 from executions.hop import rows
-from executions.models import Attempt, BackendState, Execution, Refusal, Sandbox
+from executions.models import Attempt, Execution, Refusal, Sandbox
 from executions.states import AttemptOutcome, BreakerState, ExecutionState, SandboxState
 
 LOOK_SECONDS = 0.1
@@ -93,7 +93,7 @@ async def _until(ends: datetime, seen: Callable[[], bool]) -> None:
 
 
 def _note_opening(report: Report, hear: Callable[[str], None]) -> bool:
-    row = BackendState.objects.get(alias=report.alias)
+    row = breaker.look(again=True)[report.alias]
     if report.opened_after_seconds is None and row.state != BreakerState.CLOSED and row.opened_at:
         report.opened_after_seconds = round((row.opened_at - report.began_at).total_seconds(), 3)
         hear(f"The breaker has opened after {report.opened_after_seconds} s.")
@@ -102,7 +102,7 @@ def _note_opening(report: Report, hear: Callable[[str], None]) -> bool:
 
 def _note_recovery(report: Report, hear: Callable[[str], None]) -> bool:
     """True once nothing more is to be seen: the breaker has closed, and a run has gone there if runs are coming."""
-    row, lifted = BackendState.objects.get(alias=report.alias), report.lifted_at
+    row, lifted = breaker.look(again=True)[report.alias], report.lifted_at
     assert lifted is not None
     if row.state != BreakerState.CLOSED:
         return False

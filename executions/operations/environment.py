@@ -88,7 +88,7 @@ async def backend_states() -> list[dict[str, Any]]:
             "ok": told.ok,
             "detail": told.detail,
             "isolation": told.isolation or backends.get(alias).isolation,
-            "breaker": _breaker(known.get(alias)),
+            "breaker": _breaker(alias, known.get(alias)),
             "remote": backends.get(alias).remote,
             "walls": told.walls,
             "languages": sorted(backends.get(alias).capabilities.languages),
@@ -100,11 +100,11 @@ async def backend_states() -> list[dict[str, Any]]:
     ]
 
 
-def _breaker(row: BackendState | None) -> dict[str, Any]:
+def _breaker(alias: str, row: BackendState | None) -> dict[str, Any]:
     if row is None or row.state == BreakerState.CLOSED:
         return {"state": BreakerState.CLOSED.value}
     facts = {"state": row.state, "says": breaker.sentence(row), "reason": row.reason}
-    return facts | {"since": row.opened_at, "next_try_at": row.retry_at, "drill": bool(breaker.drilled(row.alias))}
+    return facts | {"since": row.opened_at, "next_try_at": row.retry_at, "drill": bool(breaker.drilled(alias))}
 
 
 def _live_by_backend() -> dict[str, int]:
@@ -123,6 +123,7 @@ def _pools_by_backend() -> dict[str, list[dict[str, Any]]]:
                 "template": pool.template.name,
                 "memory_mib": pool.memory_mib or pool.template.memory_mib,
                 "network": pool.network_allow,
+                "packages_of": pool.packages_of_id,
                 "ready": now.ready,
                 "booting": now.booting,
                 "hit_rate": now.hit_rate,

@@ -584,3 +584,47 @@ async def test_a_drill_whose_process_was_killed_ends_by_itself(caller):
     await rows(breaker.look, again=True)
 
     assert (await run(caller)).backend == "first"
+
+
+# Backends whose sandboxes live on one machine each
+
+
+async def test_an_outage_on_one_machine_is_none_on_another(caller, behave, settings, monkeypatch):
+    monkeypatch.setattr(ScriptedBackend, "has_node", True)
+    settings.NODE = "cellar"
+    behave("first", BEHAVES="never_boots")
+    for _ in range(breaker.FAILURES):
+        await run(caller)
+    here = await rows(breaker.outage, "first")
+
+    settings.NODE = "attic"
+    behave("first")
+    await rows(breaker.look, again=True)
+    there = await run(caller)
+
+    assert here.startswith("out since")
+    assert there.backend == "first"
+    assert await rows(breaker.outage, "first") == ""
+    assert (await rows(known, "first@cellar")).state == OPEN
+
+
+async def test_a_backend_that_every_machine_reaches_is_out_for_all_of_them(caller, settings):
+    settings.NODE = "cellar"
+    await rows(opened)
+
+    settings.NODE = "attic"
+    await rows(breaker.look, again=True)
+
+    assert (await run(caller)).backend == "second"
+
+
+async def test_a_probe_on_one_machine_closes_the_breaker_of_that_machine_alone(caller, settings, monkeypatch):
+    monkeypatch.setattr(ScriptedBackend, "has_node", True)
+    for settings.NODE in ("cellar", "attic"):
+        await rows(opened, f"first@{settings.NODE}", retry_at=timezone.now())
+
+    probe.soon()
+    await settled()
+
+    assert (await rows(known, "first@attic")).state == CLOSED
+    assert (await rows(known, "first@cellar")).state == OPEN
