@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
 from asgiref.sync import sync_to_async
@@ -42,7 +44,7 @@ async def rows(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             for connection in connections.all(initialized_only=True):
                 connection.close_at = None  # these few threads keep theirs, also out of a pool
 
-    return await sync_to_async(unit, thread_sensitive=False, executor=pool())()
+    return await asyncio.get_running_loop().run_in_executor(pool(), copy_context().run, unit)
 
 
 def close() -> None:

@@ -396,11 +396,14 @@ def find_session(caller: Caller, session_id: str) -> Sandbox:
     return sandbox
 
 
+_template = hot.Compiled(lambda name: Template.objects.filter(name=name, is_active=True)[:1])
+
+
 def find_template(agent: Agent, name: str | None) -> Template:
     """The template of that name, else the agent's, else "default". Raises Invalid."""
     if name is None and agent.template is not None:
         return agent.template
-    found = Template.objects.filter(name=name or "default", is_active=True).first()
+    found = next(iter(_template(name or "default")), None)
     if found is None:
         known = ", ".join(Template.objects.filter(is_active=True).values_list("name", flat=True))
         raise Invalid(f"There is no template {name or 'default'!r}; there are: {known or 'none'}.", field="template")

@@ -42,13 +42,22 @@ log = logging.getLogger(__name__)
 
 _nudged: asyncio.Event | None = None
 _ending = False
+_some_wait = False  # as far as this process knows
 _unclaimed_ones = hot.Compiled(lambda: Execution.objects.filter(ended_at=None, heartbeat_at=None).only("pk")[:1])
 
 
 def nudge() -> None:
-    """There may be room now, or something new to take, for this process to see."""
+    """There is something new to take, for this process to see."""
+    global _some_wait
+    _some_wait = True
     if _nudged is not None:
         _nudged.set()
+
+
+def _room() -> None:
+    """A run here is over: there may be room for what waits."""
+    if _some_wait:
+        nudge()
 
 
 async def ring() -> None:
@@ -59,10 +68,10 @@ async def ring() -> None:
 
 async def serve() -> None:
     """Take what nobody runs yet, for ever. Ends by being cancelled."""
-    global _nudged, _ending
+    global _nudged, _ending, _some_wait
     _nudged, _ending = asyncio.Event(), False
-    if nudge not in run.when_over:
-        run.when_over.append(nudge)
+    if _room not in run.when_over:
+        run.when_over.append(_room)
     hearing = asyncio.create_task(_hear())
     patience = IDLE_SECONDS
     try:
@@ -73,8 +82,11 @@ async def serve() -> None:
             except TimeoutError:
                 pass
             _nudged.clear()
+            _some_wait = True  # until the look says otherwise: who ends meanwhile is heard
             try:
-                patience = LOOK_SECONDS if await look() else IDLE_SECONDS
+                left = await look()
+                _some_wait = left > 0 or _nudged.is_set()
+                patience = LOOK_SECONDS if left else IDLE_SECONDS
             except Exception:
                 log.exception("waiting_round_failed")
     finally:

@@ -120,7 +120,7 @@ def test_a_second_start_is_quick_shows_no_secret_and_changes_nothing(started, da
     try:
         with again.http() as http:
             assert http.get("/healthz").status_code == 200
-        assert time.monotonic() - began < 10  # alone about 3 s; here other tests share the cores
+        assert time.monotonic() - began < 30  # alone about 3 s: nothing is made anew; here other tests share the cores
         assert started.key not in "".join(again.screen)
         assert "sg_" not in "".join(again.screen)
     finally:
