@@ -86,6 +86,7 @@ urlpatterns = [
         "api/v1/webhooks/<str:webhook_id>",
         methods(GET=webhooks.look, PATCH=webhooks.change, DELETE=webhooks.remove),
     ),
+    path("api/v1/webhooks/<str:webhook_id>/test", methods(POST=webhooks.send_test)),
     path("api/v1/webhooks/<str:webhook_id>/rotate", methods(POST=webhooks.rotate)),
     path("api/v1/webhooks/<str:webhook_id>/deliveries", methods(GET=webhooks.deliveries)),
     path("api/v1/webhooks/<str:webhook_id>/deliveries/<str:delivery_id>/resend", methods(POST=webhooks.resend)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from django.http import HttpRequest, HttpResponse
 
 from executions.api.auth import caller_of
 from executions.api.executions import answer, body_of
-from executions.api.once import written
+from executions.api.once import done_once, written
 from executions.api.operation import Many, operation
 from executions.api.pages import ROWS_MOST, known_query, listed
 from executions.errors import Invalid
@@ -20,7 +22,9 @@ from executions.serializers.webhooks import (
     MadeWebhookShape,
     WebhookChange,
     WebhookRequest,
+    WebhookRotateRequest,
     WebhookShape,
+    WebhookTestShape,
     delivery_shape,
     webhook_shape,
 )
@@ -63,10 +67,18 @@ async def change(request: HttpRequest, webhook_id: str) -> HttpResponse:
     return await written(request, do)
 
 
-@operation("Give a webhook a new secret", gives={201: MadeWebhookShape}, fails=(409, 422))
+@operation("Send a test message", gives={200: WebhookTestShape}, fails=(409, 422))
+@done_once
+async def send_test(request: HttpRequest, webhook_id: str) -> HttpResponse:
+    caller = await rows(caller_of, request)
+    return answer(WebhookTestShape(**asdict(await webhooks.send_test(caller=caller, webhook_id=webhook_id))))
+
+
+@operation("Give a webhook a new secret", body=WebhookRotateRequest, gives={201: MadeWebhookShape}, fails=(409, 422))
 async def rotate(request: HttpRequest, webhook_id: str) -> HttpResponse:
     def do(caller: Caller) -> tuple[Kept, Kept]:
-        _, secret = webhooks.rotate_secret(caller=caller, webhook_id=webhook_id)
+        overlap = parse(WebhookRotateRequest, body_of(request)).overlap_seconds
+        _, secret = webhooks.rotate_secret(caller=caller, webhook_id=webhook_id, overlap_seconds=overlap)
         return _told(_shape(webhooks.find_webhook(caller, webhook_id)), secret, 201)
 
     return await written(request, do)

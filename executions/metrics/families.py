@@ -50,6 +50,9 @@ FAMILIES = {
     "sandgate_orphans_killed_total": Family(
         "counter", ("backend",), "Sandboxes that a backend still had although their row had ended."
     ),
+    "sandgate_webhook_deliveries_total": Family(
+        "counter", ("outcome",), "Tries of webhooks' messages: delivered, failed (tried again later), or dead."
+    ),
     "sandgate_execution_queue_seconds": Family("histogram", ("backend",), "From admission to a runner."),
     "sandgate_execution_start_seconds": Family("histogram", ("backend",), "From the runner to the first line of code."),
     "sandgate_execution_run_seconds": Family("histogram", ("backend",), "While the code ran."),
@@ -84,6 +87,10 @@ FAMILIES = {
     "sandgate_breaker_state": Family(
         "gauge", ("backend", "state"), "1 at the state that the backend's circuit breaker is in, 0 at the others."
     ),
+    "sandgate_webhook_backlog": Family(
+        "gauge", (), "Messages that webhooks which are on have not taken yet, and which are not dead."
+    ),
+    "sandgate_webhook_oldest_seconds": Family("gauge", (), "How long the first of them has waited."),
     "sandgate_reserved_nano_usd": Family(
         "gauge", ("backend",), "Set aside for what open sandboxes may still cost, in nano-dollars."
     ),

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db import DatabaseError
@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from executions import breaker, metrics
 from executions.metrics.families import FAMILIES, SUM, Family
-from executions.models import Execution, MetricTotal, Sandbox, Transition
+from executions.models import Delivery, Execution, MetricTotal, Sandbox, Transition
 from executions.states import EXECUTION_ENDED, SANDBOX_ENDED, BreakerState, ExecutionState, SandboxState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -81,6 +81,8 @@ def _live() -> Samples:
     step = Transition.objects.filter(sandbox=OuterRef("pk"), after=SandboxState.RETIRING, at__lt=now - STUCK_AFTER)
     dying = Sandbox.objects.open().filter(Exists(step), state=SandboxState.RETIRING)  # a join would begin at the steps
     stuck = dying.values_list("backend").annotate(n=Count("pk"))
+    messages = Delivery.objects.pending().filter(webhook__is_active=True)
+    untold = messages.aggregate(n=Count("pk"), oldest=Min("created_at"))
     breakers = _zeros(BreakerState.values) | {(alias, BreakerState.CLOSED): 1 for alias in settings.SANDBOXES}
     for alias, row in breaker.look(again=True).items():
         if alias in settings.SANDBOXES:
@@ -88,15 +90,21 @@ def _live() -> Samples:
     return {
         "sandgate_executions_in_flight": in_flight,
         "sandgate_queue_length": {(): queue["n"]},
-        "sandgate_queue_oldest_seconds": {(): (now - queue["oldest"]).total_seconds() if queue["oldest"] else 0},
+        "sandgate_queue_oldest_seconds": {(): _age(queue["oldest"], now)},
         "sandgate_sandboxes_open": sandboxes,
         "sandgate_sandboxes_stuck": dict.fromkeys(_aliases(), 0) | {(backend,): n for backend, n in stuck},
         "sandgate_pool_sandboxes": {
             (b, t, s): n for b, t, s, n in warm.annotate(n=Count("pk")).order_by("-n")[:KINDS_TOLD]
         },
         "sandgate_breaker_state": breakers,
+        "sandgate_webhook_backlog": {(): untold["n"]},
+        "sandgate_webhook_oldest_seconds": {(): _age(untold["oldest"], now)},
         "sandgate_reserved_nano_usd": reserved,
     }
+
+
+def _age(since: datetime | None, now: datetime) -> float:
+    return (now - since).total_seconds() if since else 0
 
 
 def _aliases() -> list[tuple[str]]:

@@ -23,12 +23,22 @@ class Webhook(models.Model):
     states = models.JSONField(default=list, blank=True, help_text="States that it is told of. Empty: every one.")
     is_active = models.BooleanField(default=True, help_text="Off: nothing is sent, and what happens meanwhile is not.")
     secret = models.TextField(editable=False, help_text="Sealed under the installation's own secret.")
+    former_secret = models.TextField(
+        blank=True, editable=False, help_text="Sealed, too: signed with beside the new one."
+    )
+    former_until = models.DateTimeField(null=True, editable=False)
     cursor = models.BigIntegerField(default=0, editable=False)
     created_by = models.ForeignKey(User, models.SET_NULL, null=True, blank=True, related_name="+")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     def __str__(self) -> str:
         return self.url
+
+
+class DeliveryQuerySet(models.QuerySet):
+    def pending(self) -> DeliveryQuerySet:
+        # a partial index needs a condition without parameters, which the state would be
+        return self.filter(ended_at__isnull=True, state=DeliveryState.PENDING)
 
 
 class Delivery(models.Model):
@@ -47,13 +57,17 @@ class Delivery(models.Model):
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     ended_at = models.DateTimeField(null=True)
 
+    objects = DeliveryQuerySet.as_manager()
+
     class Meta:
         verbose_name_plural = "deliveries"
         constraints = [
             models.UniqueConstraint(fields=["transition", "webhook"], name="delivery_once"),
             models.CheckConstraint(condition=Q(state__in=DeliveryState.values), name="delivery_state_known"),
         ]
-        indexes = [models.Index(fields=["webhook", "next_at"], condition=Q(state="pending"), name="delivery_due")]
+        indexes = [
+            models.Index(fields=["webhook", "next_at"], condition=Q(ended_at__isnull=True), name="delivery_open")
+        ]
 
     def __str__(self) -> str:
         return f"{self.transition_id} → {self.webhook_id}"

@@ -12,12 +12,13 @@ import logging
 import random
 import time
 from datetime import timedelta
+from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import Exists, Max, OuterRef, Q, QuerySet
 from django.utils import timezone
 
-from executions import faults
+from executions import faults, metrics
 from executions.hop import rows
 from executions.models import Delivery, Transition, Webhook
 from executions.operations import posting
@@ -124,7 +125,7 @@ def _advance(webhook: Webhook, last: int) -> bool:
 def _free(webhook_id: str | None = None) -> QuerySet[Delivery]:
     """What may be sent now: nothing of an execution of which something earlier, or under way, is not."""
     now = timezone.now()
-    pending = Delivery.objects.filter(state=DeliveryState.PENDING)
+    pending = Delivery.objects.pending()
     same = pending.filter(webhook=OuterRef("webhook"), execution=OuterRef("execution"))
     before = same.filter(Q(transition__lt=OuterRef("transition")) | Q(leased_until__gt=now))
     found = pending.filter(next_at__lte=now, webhook__is_active=True)
@@ -154,45 +155,50 @@ async def _send_all(webhook_id: str) -> None:
 
 
 async def _send(delivery: Delivery) -> None:
-    name, timestamp = message_id(delivery.transition), str(int(time.time()))
-    body = json.dumps(message(delivery.transition), separators=(",", ":")).encode()
     try:
-        secret = opened(delivery.webhook.secret, PURPOSE)
-        if secret is None:
-            raise posting.NotSent(
-                "Its secret was sealed under another SECRET_KEY: give the webhook a new one (rotate)."
-            )
-        signed = posting.signature(secret, name, timestamp, body)
-        status = await posting.post(
-            delivery.webhook.url,
-            {"webhook-id": name, "webhook-timestamp": timestamp, "webhook-signature": signed},
-            body,
-        )
+        status = await post(delivery.webhook, message_id(delivery.transition), message(delivery.transition))
     except posting.NotSent as problem:
         await rows(_failed, delivery, str(problem), problem.status)
     else:
         faults.point("webhook_sent")
-        await rows(_settle, delivery, state=DeliveryState.DELIVERED, ended_at=timezone.now(), status=status, error="")
+        ended = {"state": DeliveryState.DELIVERED, "ended_at": timezone.now(), "status": status, "error": ""}
+        await rows(_settle, delivery, "delivered", **ended)
+
+
+async def post(webhook: Webhook, name: str, content: dict[str, Any]) -> int:
+    """Sign one message and send it: the status of the answer. Raises NotSent."""
+    body, timestamp = json.dumps(content, separators=(",", ":")).encode(), str(int(time.time()))
+    sealed = [webhook.secret]
+    if webhook.former_until is not None and webhook.former_until > timezone.now():
+        sealed.append(webhook.former_secret)
+    secret, *former = [opened(one, PURPOSE) for one in sealed]
+    if secret is None:
+        raise posting.NotSent("Its secret was sealed under another SECRET_KEY: give the webhook a new one (rotate).")
+    signed = [posting.signature(one, name, timestamp, body) for one in (secret, *former) if one is not None]
+    told = {"webhook-id": name, "webhook-timestamp": timestamp, "webhook-signature": " ".join(signed)}
+    return await posting.post(webhook.url, told, body)
 
 
 def _failed(delivery: Delivery, said: str, status: int | None) -> None:
     facts = {"status": status, "error": said.encode(errors="replace").decode().replace("\x00", " ")[:300]}
     if delivery.tries >= TRIES_MOST:
-        _settle(delivery, state=DeliveryState.DEAD, ended_at=timezone.now(), **facts)
+        _settle(delivery, "dead", state=DeliveryState.DEAD, ended_at=timezone.now(), **facts)
         log.warning("webhook_dead_letter", extra={"webhook_id": delivery.webhook_id, "delivery_id": delivery.pk})
         return
     pause = min(FIRST_SECONDS * 4 ** (delivery.tries - 1), LONGEST_SECONDS) * random.uniform(1, 1.1)
-    _settle(delivery, next_at=timezone.now() + timedelta(seconds=pause), **facts)
+    _settle(delivery, "failed", next_at=timezone.now() + timedelta(seconds=pause), **facts)
 
 
-def _settle(delivery: Delivery, **fields) -> None:
+def _settle(delivery: Delivery, outcome: str, **fields: Any) -> None:
     """Write down what became of this very try; a later one, of another process, is not touched."""
     ours = Delivery.objects.filter(pk=delivery.pk, state=DeliveryState.PENDING, tries=delivery.tries)
-    ours.update(leased_until=None, **fields)
+    if ours.update(leased_until=None, **fields):
+        metrics.add("sandgate_webhook_deliveries_total", outcome)
 
 
 def prune() -> int:
-    """Forget messages that ended long ago. Returns how many."""
+    """Forget messages that ended long ago, and secrets that sign no more. Returns how many messages."""
+    Webhook.objects.filter(former_until__lt=timezone.now()).update(former_secret="", former_until=None)
     old = Q()
     for state, kept in KEPT.items():
         old |= Q(state=state, ended_at__lt=timezone.now() - kept)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import secrets
+import time
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from django.db import transaction
@@ -12,6 +15,7 @@ from django.utils import timezone
 
 from executions import audit
 from executions.errors import Conflict, Forbidden, Invalid, NotFound
+from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Delivery, Webhook
 from executions.operations import deliver, posting
@@ -20,6 +24,7 @@ from executions.serializers.webhooks import WebhookChange, WebhookRequest
 from executions.states import DeliveryState, Scope
 
 MOST = 20  # of one team
+OVERLAP_SECONDS = 3600  # for which the former secret signs, too
 
 
 def webhooks_of(caller: Caller) -> QuerySet[Webhook]:
@@ -71,13 +76,63 @@ def change_webhook(*, caller: Caller, webhook_id: str, asked: WebhookChange) -> 
 
 
 @transaction.atomic
-def rotate_secret(*, caller: Caller, webhook_id: str) -> tuple[Webhook, str]:
-    """A new secret; every message from now on is signed with it. Raises NotFound."""
+def rotate_secret(*, caller: Caller, webhook_id: str, overlap_seconds: int = OVERLAP_SECONDS) -> tuple[Webhook, str]:
+    """A new secret; messages are signed with it from now on, and for so long with the former one too. Raises NotFound."""
     webhook = _locked(caller, webhook_id)
-    secret = _new_secret(webhook)
-    webhook.save(update_fields=["secret"])
-    audit.record("webhook_changed", caller=caller, subject=webhook.pk, after={"secret": ""}, reason="a new secret")
+    secret, facts = renew(webhook, overlap_seconds)
+    audit.record("webhook_changed", caller=caller, subject=webhook.pk, after=facts, reason="a new secret")
     return webhook, secret
+
+
+def renew(webhook: Webhook, overlap_seconds: int = OVERLAP_SECONDS) -> tuple[str, dict[str, Any]]:
+    """A new secret for a row that is held, and what of it belongs into the audit."""
+    webhook.former_secret, webhook.former_until = "", None
+    if overlap_seconds:
+        webhook.former_secret = webhook.secret
+        webhook.former_until = timezone.now() + timedelta(seconds=overlap_seconds)
+    secret = _new_secret(webhook)
+    webhook.save(update_fields=["secret", "former_secret", "former_until"])
+    return secret, {"secret": "", "former_until": webhook.former_until}
+
+
+def switch(webhook: Webhook, *, on: bool) -> bool:
+    """Whether it was the other way before. One that is switched on is told of what happens from then on."""
+    fields = {"is_active": on} | ({"cursor": deliver.latest()} if on else {})
+    return bool(Webhook.objects.filter(pk=webhook.pk, is_active=not on).update(**fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """What became of a message that was sent to be looked at."""
+
+    message_id: str
+    status: int | None
+    error: str
+    took_ms: float
+
+    def facts(self) -> dict[str, Any]:
+        """For the audit."""
+        return {"message": self.message_id, "status": self.status, "error": self.error}
+
+
+async def send_test(*, caller: Caller, webhook_id: str) -> Tested:
+    """Send one message of the type webhook.test now, once, also where the webhook is off. Raises NotFound."""
+    webhook = await rows(find_webhook, caller, webhook_id)
+    tested = await try_out(webhook)
+    await rows(audit.record, "webhook_tested", caller=caller, subject=webhook.pk, after=tested.facts())
+    return tested
+
+
+async def try_out(webhook: Webhook) -> Tested:
+    """The same for a row that is at hand."""
+    name, began = f"test_{secrets.token_hex(10)}", time.perf_counter()
+    content = {"type": "webhook.test", "timestamp": timezone.now().isoformat(), "data": {"webhook_id": webhook.pk}}
+    status: int | None
+    try:
+        status, error = await deliver.post(webhook, name, content), ""
+    except posting.NotSent as problem:
+        status, error = problem.status, str(problem)
+    return Tested(name, status, error, (time.perf_counter() - began) * 1000)
 
 
 @transaction.atomic
@@ -99,15 +154,20 @@ def deliveries_of(caller: Caller, webhook_id: str) -> QuerySet[Delivery]:
 def resend(*, caller: Caller, webhook_id: str, delivery_id: str) -> Delivery:
     """Send one again, under the same id: now, with all its tries. One that is pending is tried at once. Raises NotFound."""
     _locked(caller, webhook_id)
-    delivery = deliveries_of(caller, webhook_id).filter(pk=delivery_id).first()
-    if delivery is None:
+    found = deliveries_of(caller, webhook_id).filter(pk=delivery_id)
+    if not found.exists():
         raise NotFound(f"There is no delivery {delivery_id[:100]}.", field="delivery_id")
-    if delivery.leased_until is None or delivery.leased_until < timezone.now():
-        delivery.state, delivery.tries, delivery.next_at = DeliveryState.PENDING, 0, timezone.now()
-        delivery.ended_at = delivery.leased_until = None
-        delivery.save(update_fields=["state", "tries", "next_at", "ended_at", "leased_until"])
-        audit.record("webhook_resent", caller=caller, subject=webhook_id, after={"delivery": delivery.pk})
-    return delivery
+    if revive(Delivery.objects.filter(pk=delivery_id)):
+        audit.record("webhook_resent", caller=caller, subject=webhook_id, after={"delivery": delivery_id})
+    return found.get()
+
+
+def revive(deliveries: QuerySet[Delivery]) -> int:
+    """Let them be sent now, with all their tries, but for those that are being sent. Returns how many."""
+    now = timezone.now()
+    return deliveries.exclude(leased_until__gt=now).update(
+        state=DeliveryState.PENDING, tries=0, next_at=now, ended_at=None, leased_until=None
+    )
 
 
 def _locked(caller: Caller, webhook_id: str) -> Webhook:

@@ -36,6 +36,23 @@ class WebhookRequest(WebhookChange):
     url: str = Field(description="https://…; http:// only within allowed networks.", min_length=1, max_length=500)
 
 
+class WebhookRotateRequest(Accepted):
+    """A new secret beside the former one, with which messages are signed for a while longer, too."""
+
+    overlap_seconds: int = Field(
+        3600, ge=0, le=2_592_000, description="How long messages carry both signatures; 0: the new one alone."
+    )
+
+
+class WebhookTestShape(BaseModel):
+    """What became of a test message: sent once, now."""
+
+    message_id: str
+    status: int | None = Field(description="What it was answered with; null where nobody answered.")
+    error: str = Field(description="Why it counts as not taken; empty where it was.")
+    took_ms: float
+
+
 class WebhookShape(BaseModel):
     id: str
     url: str
@@ -44,6 +61,9 @@ class WebhookShape(BaseModel):
     is_active: bool
     pending: int = Field(description="Messages that are yet to be delivered.")
     dead: int = Field(description="Messages that were tried often enough.")
+    former_secret_until: datetime | None = Field(
+        description="Until when messages are signed with the former secret, too."
+    )
     created_by: str | None
     created_at: datetime
 
@@ -77,6 +97,7 @@ def webhook_shape(webhook: Webhook, pending: int = 0, dead: int = 0) -> WebhookS
         is_active=webhook.is_active,
         pending=pending,
         dead=dead,
+        former_secret_until=webhook.former_until,
         created_by=webhook.created_by.get_username() if webhook.created_by else None,
         created_at=webhook.created_at,
     )

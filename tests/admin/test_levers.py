@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from datetime import timedelta
 
@@ -13,7 +14,8 @@ from django.utils import timezone
 from executions import backends, keys
 from executions.backends.base import SandboxSpec
 from executions.errors import Forbidden, Unauthenticated
-from executions.models import AuditEvent, Sandbox
+from executions.models import AuditEvent, Delivery, Sandbox, Transition, Webhook
+from executions.sealing import opened, sealed
 from executions.states import SandboxState
 from tests.admin.conftest import a_run, a_sandbox, caller_of
 
@@ -179,3 +181,81 @@ def test_the_page_of_a_template_says_how_it_is_at_each_backend(office, template)
     page = reverse("admin:executions_template_change", args=[template.pk])
 
     assert "scripted: ready" in office.get(page).content.decode()
+
+
+@pytest.fixture
+def told(agent, template):
+    """A webhook with one message that nobody took, and one that waits."""
+    run = a_run(agent, template)
+    webhook = Webhook.objects.create(
+        team=agent.team, url="https://told.example/", secret=sealed("whsec_AAAA", "webhook")
+    )
+    one, two, *_ = Transition.objects.filter(execution=run)
+    now = timezone.now()
+    dead = {"state": "dead", "tries": 10, "ended_at": now, "error": "Answered 500", "status": 500}
+    Delivery.objects.create(webhook=webhook, execution=run, transition=one, **dead)
+    Delivery.objects.create(webhook=webhook, execution=run, transition=two)
+    return webhook
+
+
+def test_dead_messages_are_sent_again_one_by_one_or_all_of_a_webhook(office, told):
+    dead = Delivery.objects.get(state="dead")
+    one = select(office, "delivery", "resend", *Delivery.objects.all(), reason="it is up again").content.decode()
+    Delivery.objects.filter(pk=dead.pk).update(state="dead", ended_at=timezone.now())
+    page = reverse("admin:executions_webhook_change", args=[told.pk]).removesuffix("change/")
+    asked = office.get(f"{page}resend_dead/").content.decode()
+    office.post(f"{page}resend_dead/", {"reason": "it is up again"})
+
+    assert "1 message will be sent again." in one, "what waits anyway is left alone"
+    assert "1 dead message will be sent again" in asked
+    dead.refresh_from_db()
+    assert (dead.state, dead.tries, dead.ended_at) == ("pending", 0, None)
+    events = AuditEvent.objects.filter(action="webhook_resent", subject=told.pk, reason="it is up again")
+    assert [event.after for event in events] == [{"deliveries": 1}] * 2
+
+
+def test_a_webhook_is_switched_off_and_on_and_passes_over_what_happened_meanwhile(office, told, agent, template):
+    select(office, "webhook", "switch_off", told, reason="moving house")
+    a_run(agent, template)
+    asked = select(office, "webhook", "switch_on", told).content.decode()
+    select(office, "webhook", "switch_on", told, reason="moved")
+
+    told.refresh_from_db()
+    assert (told.is_active, told.cursor) == (True, Transition.objects.latest("pk").pk)
+    assert "told of what happens from now on. 1 message that waits will be sent." in asked
+    assert [e.reason for e in AuditEvent.objects.filter(action="webhook_changed").order_by("seq")] == [
+        "moving house",
+        "moved",
+    ]
+
+
+def test_a_webhooks_new_secret_is_shown_once_and_the_former_one_signs_on(office, told):
+    page = reverse("admin:executions_webhook_change", args=[told.pk]).removesuffix("change/")
+    former = told.secret
+
+    shown = office.post(f"{page}rotate/", {"reason": "somebody left"}).content.decode()
+
+    told.refresh_from_db()
+    secret = re.search(r"whsec_[\w+/=]+", html.unescape(shown))[0]
+    assert (opened(told.secret, "webhook"), told.former_secret) == (secret, former)
+    assert told.former_until > timezone.now()
+    assert secret not in str(list(AuditEvent.objects.values()))
+    assert secret not in office.get(f"{page}change/").content.decode()
+
+
+def test_a_test_message_of_a_webhook_says_what_came_back(office, told):
+    Webhook.objects.update(url="https://10.0.0.1/")
+
+    said = select(office, "webhook", "test", told, reason="does it listen").content.decode()
+
+    assert "10.0.0.1 is not public" in said
+    assert audited("webhook_tested").after["status"] is None
+
+
+def test_a_webhooks_page_says_what_waits_and_what_is_dead(office, told):
+    page = office.get(reverse("admin:executions_webhook_change", args=[told.pk])).content.decode()
+    dead = re.search(r'href="([^"]+state__exact=dead)"', page)[1]
+
+    assert "Answered 500" in page
+    assert Delivery.objects.get(state="dead").pk in office.get(html.unescape(dead)).content.decode()
+    assert Delivery.objects.get(state="pending").pk not in office.get(html.unescape(dead)).content.decode()

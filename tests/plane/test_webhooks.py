@@ -12,11 +12,13 @@ from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from django.db import connection
 from django.utils import timezone
 
-from executions import faults, keys, operations
+from executions import faults, keys, metrics, operations
 from executions.errors import Forbidden, Invalid, NotFound
 from executions.hop import rows
+from executions.metrics import page
 from executions.models import Agent, AuditEvent, Delivery, Team, Webhook
 from executions.operations import deliver, posting, webhooks
 from executions.serializers import parse
@@ -339,6 +341,10 @@ async def test_another_teams_webhook_is_told_nothing_and_is_seen_by_nobody_else(
 
     assert receiver.got == []
     assert not await Delivery.objects.aexists()
+    assert [e.after["status"] async for e in AuditEvent.objects.filter(action="webhook_tested").order_by("seq")] == [
+        204,
+        500,
+    ]
     assert (await Webhook.objects.aget()).cursor > 0
     with pytest.raises(NotFound):
         await rows(lambda: webhooks.find_webhook(manager, theirs.pk))
@@ -378,7 +384,9 @@ async def test_what_was_delivered_is_forgotten_after_days(caller, manager, recei
     await hook(manager, receiver.url, states=["succeeded"])
     await run(caller)
     await tell()
+    await Webhook.objects.aupdate(former_secret="sealed", former_until=timezone.now() - timedelta(seconds=1))
     assert await rows(deliver.prune) == 0
+    assert (await Webhook.objects.aget()).former_secret == ""
     await Delivery.objects.aupdate(ended_at=timezone.now() - timedelta(days=4))
 
     assert await rows(deliver.prune) == 1
@@ -404,8 +412,15 @@ async def test_over_rest_a_secret_is_shown_once_and_dead_messages_are_listed_and
     assert (made.status_code, made.json()["secret"][:6], again.json()["secret"]) == (201, "whsec_", None)
     assert again.json()["id"] == made.json()["id"]
     assert "secret" not in (await call("GET", here)).json()
-    rotated = (await call("POST", f"{here}/rotate")).json()["secret"]
-    assert rotated not in ("", made.json()["secret"])
+    rotated = (await call("POST", f"{here}/rotate")).json()
+    assert rotated["secret"] not in ("", made.json()["secret"])
+    assert rotated["former_secret_until"] is not None
+    assert (await call("POST", f"{here}/rotate", {"overlap_seconds": 0})).json()["former_secret_until"] is None
+    tried = await call("POST", f"{here}/test", **{"Idempotency-Key": "two"})
+    assert (await call("POST", f"{here}/test", **{"Idempotency-Key": "two"})).json() == tried.json()
+    assert (tried.json()["status"], tried.json()["error"]) == (204, "")
+    assert (await call("POST", "/whk_none/test")).status_code == 404
+    assert [receiver.got.pop()[0]["webhook-id"]] == [tried.json()["message_id"]]
 
     await run(caller)
     await tell()
@@ -420,3 +435,90 @@ async def test_over_rest_a_secret_is_shown_once_and_dead_messages_are_listed_and
     assert (await call("PATCH", here, {"url": "https://10.0.0.1/"})).status_code == 400
     assert (await call("DELETE", here)).status_code == 204
     assert (await call("GET", here)).status_code == 404
+
+
+def signed_with(secret: str, head: dict[str, str], body: bytes) -> bool:
+    """As the libraries of the Standard Webhooks look at it: one of the signatures is enough."""
+    expected = posting.signature(secret, head["webhook-id"], head["webhook-timestamp"], body)
+    return expected in head["webhook-signature"].split(" ")
+
+
+async def test_a_former_secret_signs_beside_the_new_one_until_its_time_is_over(caller, manager, receiver):
+    webhook, old = await hook(manager, receiver.url, states=["succeeded"])
+    _, new = await rows(lambda: webhooks.rotate_secret(caller=manager, webhook_id=webhook.pk, overlap_seconds=60))
+    await run(caller)
+    await tell()
+    await Webhook.objects.aupdate(former_until=timezone.now() - timedelta(seconds=1))
+    await run(caller)
+    await tell()
+
+    (first, said), (second, later) = receiver.got
+    assert (signed_with(old, first, said), signed_with(new, first, said)) == (True, True)
+    assert (signed_with(old, second, later), signed_with(new, second, later)) == (False, True)
+    event = await AuditEvent.objects.filter(action="webhook_changed").alast()
+    assert not {old, new} & set(map(str, event.after.values()))
+
+
+async def test_a_secret_that_is_rotated_without_an_overlap_signs_nothing_more(caller, manager, receiver):
+    webhook, old = await hook(manager, receiver.url, states=["succeeded"])
+    await rows(lambda: webhooks.rotate_secret(caller=manager, webhook_id=webhook.pk))
+    _, new = await rows(lambda: webhooks.rotate_secret(caller=manager, webhook_id=webhook.pk, overlap_seconds=0))
+    await run(caller)
+    await tell()
+
+    [(head, body)] = receiver.got
+    assert (signed_with(old, head, body), signed_with(new, head, body)) == (False, True)
+    assert (await Webhook.objects.aget()).former_secret == ""
+
+
+async def test_a_test_message_is_signed_sent_at_once_and_kept_nowhere(manager, receiver):
+    webhook, secret = await hook(manager, receiver.url, is_active=False)
+    taken = await webhooks.send_test(caller=manager, webhook_id=webhook.pk)
+    receiver.statuses = [500]
+    refused = await webhooks.send_test(caller=manager, webhook_id=webhook.pk)
+
+    (head, body), _ = receiver.got
+    assert (taken.status, taken.error, refused.status) == (204, "", 500)
+    assert refused.error.startswith("Answered 500 no")
+    assert signed_with(secret, head, body)
+    assert (json.loads(body)["type"], head["webhook-id"]) == ("webhook.test", taken.message_id)
+    assert not await Delivery.objects.aexists()
+
+
+async def test_a_test_message_goes_nowhere_where_others_may_not(manager, receiver, settings):
+    webhook, _ = await hook(manager, receiver.url)
+    settings.WEBHOOK_NETWORKS = []
+
+    refused = await webhooks.send_test(caller=manager, webhook_id=webhook.pk)
+
+    assert (refused.status, receiver.got) == (None, [])
+    assert "is not public" in refused.error
+
+
+async def test_tries_are_counted_by_what_became_of_them_and_what_waits_by_its_age(caller, manager, receiver):
+    await hook(manager, receiver.url, states=["succeeded"])
+    await hook(manager, receiver.url, states=["failed"], is_active=False)
+    metrics._added.clear()
+    receiver.statuses = [500]
+    await run(caller)
+    await tell()
+    await Delivery.objects.aupdate(created_at=timezone.now() - timedelta(seconds=90))
+    waiting = await rows(page._live)
+    await Delivery.objects.aupdate(next_at=timezone.now())
+    await tell()
+    done = await rows(page._live)
+    counted = {
+        labels: n for (name, labels, _), n in metrics._added.items() if name == "sandgate_webhook_deliveries_total"
+    }
+
+    assert waiting["sandgate_webhook_backlog"] == {(): 1}
+    assert 90 <= waiting["sandgate_webhook_oldest_seconds"][()] < 150
+    assert (done["sandgate_webhook_backlog"], done["sandgate_webhook_oldest_seconds"]) == ({(): 0}, {(): 0})
+    assert counted == {("failed",): 1, ("delivered",): 1}
+
+
+@pytest.mark.parametrize("where", [None, "whk_one"])
+def test_what_is_due_is_looked_for_among_open_messages_alone(where):
+    if connection.vendor != "sqlite":
+        pytest.skip("PostgreSQL's planner reads small tables whole")
+    assert "delivery_open" in deliver._free(where).explain()

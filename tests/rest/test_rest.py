@@ -310,6 +310,7 @@ MATRIX = {  # route: (method, what Ada's full key gets, a read-only key, Eve's k
     "api/v1/costs/bills": ("GET", 403, 403, 403),  # these need a key of the team, too
     "api/v1/webhooks": ("GET", 403, 403, 403),
     "api/v1/webhooks/<str:webhook_id>": ("GET", 403, 403, 403),
+    "api/v1/webhooks/<str:webhook_id>/test": ("POST", 403, 403, 403),
     "api/v1/webhooks/<str:webhook_id>/rotate": ("POST", 403, 403, 403),
     "api/v1/webhooks/<str:webhook_id>/deliveries": ("GET", 403, 403, 403),
     "api/v1/webhooks/<str:webhook_id>/deliveries/<str:delivery_id>/resend": ("POST", 403, 403, 403),
