@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.db import transaction
 from django.utils import timezone
 
 from executions import backends
@@ -30,10 +31,12 @@ def room(alias: str) -> str:
     pace, most = options.get("CREATIONS_PER_SECOND") or 0, options.get("CONCURRENCY") or 0
     if not pace and not most:
         return ""
-    row = _locked(alias)
-    if most and (alive := _alive(alias)) >= most:
-        return f"has {alive} of the {most} sandboxes that its plan allows at once"
-    return _take(row, pace) if pace else ""
+    try:
+        with transaction.atomic():  # a row without room is let go of at once: routes name backends in any order
+            _take(_locked(alias), pace, most)
+    except Full as full:
+        return str(full)
+    return ""
 
 
 def _locked(alias: str) -> Any:
@@ -50,12 +53,15 @@ def _alive(alias: str) -> int:
     return Sandbox.objects.open().filter(backend=alias).exclude(state=SandboxState.PAUSED).count()
 
 
-def _take(row: BackendState, pace: float) -> str:
-    """One of the `pace` creations of any one second; of a slower pace, one in 1/pace seconds."""
+def _take(row: BackendState, pace: float, most: int) -> None:
+    """One of the `pace` creations of any one second; of a slower pace, one in 1/pace seconds. Raises Full."""
+    if most and (alive := _alive(row.alias)) >= most:
+        raise Full(f"has {alive} of the {most} sandboxes that its plan allows at once")
+    if not pace:
+        return
     now = timezone.now().timestamp()
     count = max(1, int(pace))
     recent = [at for at in row.creations if now - count / pace < at <= now]
     if len(recent) >= count:
-        return f"makes {pace:g} sandboxes a second by its plan, and has just made as many"
+        raise Full(f"makes {pace:g} sandboxes a second by its plan, and has just made as many")
     BackendState.objects.filter(alias=row.alias).update(creations=[*recent, now])
-    return ""

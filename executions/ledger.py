@@ -143,7 +143,7 @@ def bill_claims(claims: list[Claim]) -> None:
         entries += _lines(*paid_by, LedgerEntry.SPEND, claim.spent_nano_usd) if claim.spent_nano_usd else []
         entries += _lines(*paid_by, LedgerEntry.RELEASE, rest) if rest else []
     hot.insert(usage)
-    wanted = Quota.objects.select_for_update().filter(Q(pk__in=sums) | Q(unit=Unit.COMPUTE_US)).order_by("pk")
+    wanted = Quota.objects.select_for_update().filter(Q(pk__in=sums) | Q(unit=Unit.COMPUTE_US, each="")).order_by("pk")
     list(wanted.values_list("pk"))  # held in the order in which others take them
     for quota_id, (release, spend) in sums.items():
         hot.settle(quota_id, release, spend)

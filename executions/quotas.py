@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 from django.conf import settings
-from django.db.models import Q, Sum
+from django.db.models import Q, QuerySet, Sum
 from django.utils import timezone
 
 from executions.costs import usd
@@ -76,17 +76,29 @@ def _told_apart(found: list[Quota], caller: Caller) -> list[Quota]:
     if not any(quota.each or quota.parent_id for quota in found):
         return found
     parents = {quota.pk: quota for quota in Quota.objects.filter(pk__in=[quota.parent_id for quota in found])}
-    own = []
-    for quota in found:
-        if quota.each:
-            quota = _made_for(quota, caller)
-        elif quota.parent_id and (parent := parents.get(quota.parent_id)):
-            changed = {name: value for name in FOLLOWED if (value := getattr(parent, name)) != getattr(quota, name)}
-            if changed:
-                Quota.objects.filter(pk=quota.pk).update(**changed)
-                quota.refresh_from_db(fields=list(changed))
-        own.append(quota)
-    return sorted(own, key=lambda quota: quota.pk)
+    held([quota.pk for quota in found if quota.each])  # whoever makes the same row waits here, and holds no other
+    own = sorted((_made_for(quota, caller) if quota.each else quota for quota in found), key=lambda quota: quota.pk)
+    changed = {
+        quota.pk: {name: value for name in FOLLOWED if (value := getattr(parent, name)) != getattr(quota, name)}
+        for quota in own
+        if (parent := parents.get(quota.parent_id))
+    }
+    if any(changed.values()):
+        held([quota.pk for quota in own])
+    for quota in own:
+        if fields := changed.get(quota.pk):
+            Quota.objects.filter(pk=quota.pk).update(**fields)
+            quota.refresh_from_db(fields=list(fields))
+    return own
+
+
+def held(ids: Iterable[int] | QuerySet) -> None:
+    """Hold these rows to the end of the transaction: first the quotas of each, then the others, by their ids.
+
+    Everybody takes them in this order, so that two never wait for each other.
+    """
+    for each in (~Q(each=""), Q(each="")):
+        list(Quota.objects.select_for_update().filter(each, pk__in=ids).order_by("pk").values_list("pk"))
 
 
 def _made_for(each: Quota, caller: Caller) -> Quota:

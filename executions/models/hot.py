@@ -228,7 +228,7 @@ def take(quota_id: int, column: str, amount: int, at: datetime) -> bool:
 
 
 OF_TIME = (
-    "unit = 'compute_us' AND backend IN ('', %s) AND COALESCE(key_id, %s) = %s"
+    "unit = 'compute_us' AND each = '' AND backend IN ('', %s) AND COALESCE(key_id, %s) = %s"
     " AND COALESCE(agent_id, %s) = %s AND COALESCE(team_id, %s) = %s"
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 from django.db import transaction
 from django.db.models import Q
 
+from executions import quotas
 from executions.errors import Invalid, KeyReused, Refused
 from executions.hop import rows
 from executions.keys import Caller
@@ -84,7 +85,7 @@ def _lock(caller: Caller, requests: list[Submission]) -> None:
     mine = (
         Q(team=None, agent=None, key=None) | Q(team=caller.team) | Q(agent__team=caller.team) | Q(key__team=caller.team)
     )
-    list(Quota.objects.select_for_update(of=("self",)).filter(mine).order_by("pk").values_list("pk"))
+    quotas.held(Quota.objects.filter(mine).values("pk"))
 
 
 def again(execution: Execution, asked: RerunRequest) -> Submission:
