@@ -1,7 +1,8 @@
 """The queue: executions that nobody runs yet. It is in the rows, and any process takes the next one; none belongs to its maker.
 
 Some wait for room: nothing is taken for them yet. They are started fair among agents: next is the oldest of the agent that
-has the fewest under way. What waits is not counted as under way, and is refused for good when its patience ends.
+has the fewest under way, and among those of the one that was served longest ago. What waits is not counted as under way,
+and is refused for good when its patience ends.
 
 Others were admitted with all that they need and left for whichever process is first (`Prefer: respond-async`), or for one
 on the machine where their session lives. Whoever writes the first sign of life into the row has it.
@@ -10,6 +11,7 @@ on the machine where their session lives. Whoever writes the first sign of life 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -18,13 +20,14 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Count, Model, Q, QuerySet
+from django.db.models import Count, Model, OuterRef, Q, QuerySet, Subquery, Window
+from django.db.models.functions import RowNumber
 from django.utils import timezone
 
 from executions import backends, journal, ledger, pool, routes
 from executions.errors import QueueTimedOut, Refused, SessionGone
 from executions.hop import rows
-from executions.models import Execution, Sandbox, hot
+from executions.models import Agent, Execution, Sandbox, hot
 from executions.operations import run
 from executions.operations.submit import begin
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
@@ -36,6 +39,7 @@ SEEN_AT_ONCE = 500
 TRIES_AT_ONCE = 50  # agents whose next one has no room; the others are looked at when somebody has
 CLAIMS_AT_ONCE = 20  # so that many processes share a burst
 MOST_RUNNING = 1000  # in one process; what is more is left to the others
+SERVED = timedelta(hours=1)  # for which it is remembered whose turn it was
 NODELESS = timedelta(seconds=5)  # after which one that needs a node is taken where there is none, and told so
 QUEUE = "queue"  # the doorbell's name
 log = logging.getLogger(__name__)
@@ -245,16 +249,19 @@ def _unclaimed() -> QuerySet[Execution]:
 
 
 def _waiting() -> QuerySet[Execution]:
-    """Oldest first, without what they carry."""
+    """Without what they carry; first the oldest of each agent, then the second of each: a crowd of one's hides nobody else's."""
     own = ("state", "agent", "created_at", "cancel_requested_at", "cancel_reason", "waits_for", "waits_until")
-    return _unclaimed().filter(state=E.QUEUED).only(*own, "heartbeat_at", "ended_at").order_by("created_at")
+    nth = Window(RowNumber(), partition_by="agent", order_by="created_at")
+    found = _unclaimed().filter(state=E.QUEUED).only(*own, "heartbeat_at", "ended_at")
+    return found.annotate(nth=nth).order_by("nth", "created_at")
 
 
 def in_turn(waiting: Iterable[Execution]) -> Iterator[Execution]:
-    """Those who wait, oldest first, in the order in which they would be started."""
+    """Those who wait, of each agent the oldest first, in the order in which they would be started."""
     of: dict[str, deque[Execution]] = defaultdict(deque)
     for execution in waiting:
         of[execution.agent_id].append(execution)
+    served, turn = _served(of), itertools.count(1)
     under_way = Counter(
         dict(
             Execution.objects.open()
@@ -266,11 +273,20 @@ def in_turn(waiting: Iterable[Execution]) -> Iterator[Execution]:
         )
     )
     while of:
-        agent = min(of, key=lambda a: (under_way[a], of[a][0].created_at))
+        agent = min(of, key=lambda a: (under_way[a], served[a], of[a][0].created_at))
         yield of[agent].popleft()
         under_way[agent] += 1
+        served[agent] = (next(turn), 0.0)
         if not of[agent]:
             del of[agent]
+
+
+def _served(agents: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """(0, when the youngest of each agent's runs was started); who was not served for an hour comes first all the same."""
+    recent = Execution.objects.filter(agent=OuterRef("pk"), created_at__gt=timezone.now() - SERVED)
+    last = recent.filter(started_at__isnull=False).order_by("-created_at").values("started_at")[:1]
+    found = Agent.objects.filter(pk__in=list(agents)).annotate(last=Subquery(last)).values_list("pk", "last")
+    return {pk: (0, at.timestamp() if at else 0.0) for pk, at in found}
 
 
 def position(execution: Execution) -> int:

@@ -129,6 +129,24 @@ def test_turns_are_fair_among_agents_and_by_age_within_one(caller, settings):
     assert waiting.position(Execution.objects.get(pk=theirs[0])) == 1
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_crowd_that_came_first_gets_every_other_turn_not_all_of_them(caller, monkeypatch):
+    monkeypatch.setattr(waiting, "SEEN_AT_ONCE", 4)  # fewer than the crowd has waiting
+    one_at_a_time(caller)
+    other = replace(caller, agent=Agent.objects.create(team=caller.team, name="other", route=["first"]), key=None)
+    running = operations.submit(caller=caller, request=asks())
+    crowd = [operations.submit(caller=caller, request=asks()).pk for _ in range(6)]
+    late = [operations.submit(caller=other, request=asks()).pk for _ in range(3)]
+
+    started = []
+    for _ in crowd:
+        end(running)
+        ((running,), _, _) = waiting._next_ones()
+        started.append(running.pk)
+
+    assert started == [late[0], crowd[0], late[1], crowd[1], late[2], crowd[2]]
+
+
 @pytest.mark.django_db
 def test_one_that_has_waited_too_long_ends_with_the_reason(caller):
     one_at_a_time(caller, max_wait_seconds=30)
