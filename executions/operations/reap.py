@@ -17,7 +17,7 @@ from executions.backends.base import Backend, Listed
 from executions.errors import BackendError, SandboxLost
 from executions.hop import rows
 from executions.models import Attempt, Execution, IllegalTransition, Sandbox, Usage
-from executions.operations import artifacts, pausing, run
+from executions.operations import artifacts, pausing, run, waiting
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
@@ -135,7 +135,8 @@ def close_stale(execution: Execution) -> None:
     now, sandbox = timezone.now(), execution.sandbox
     left = execution.wish and execution.state == E.STARTING and not execution.cancel_requested_at
     if left and sandbox is not None and not sandbox.kept:
-        return _give_back(execution, sandbox)
+        said = "The process that was to run it died before any code had run."
+        return waiting.give_back(execution, EndReason.LOST, "runner_lost", said)
     if sandbox is not None:  # first, as whoever settles the run does: so two never wait for each other
         sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
     if execution.cancel_requested_at:
@@ -158,21 +159,6 @@ def close_stale(execution: Execution) -> None:
     faults.point("closing")
 
 
-def _give_back(execution: Execution, sandbox: Sandbox) -> None:
-    """Let it begin anew. Its sandbox is retired, so that a runner that was only slow cannot use it any more."""
-    sandbox = Sandbox.objects.select_for_update().get(pk=sandbox.pk)
-    if sandbox.state in (S.BOOTING, S.LEASED):
-        sandbox.advance(S.RETIRING, reason="runner_lost", end_reason=EndReason.LOST)
-    now, code = timezone.now(), "runner_lost"
-    execution.advance(
-        E.QUEUED, reason=code, sandbox=None, backend="", started_at=None, heartbeat_at=None,
-        waits_for="The process that was to run it died before any code had run.",
-        waits_until=now + timedelta(seconds=max(60, settings.QUEUE_SECONDS)),
-    )  # fmt: skip
-    attempts = Attempt.objects.filter(execution=execution, outcome=AttemptOutcome.OPEN)
-    attempts.update(outcome=AttemptOutcome.UNAVAILABLE, code=code, ended_at=now)
-
-
 # Sandboxes whose time is over
 
 
@@ -183,7 +169,10 @@ def find_over() -> list[tuple[Sandbox, str]]:
     rows_open = Sandbox.objects.open().filter(ours).select_related("template")
     retiring = rows_open.filter(state=S.RETIRING).exclude(turning_until__gt=now)  # there, files are being kept
     found: list[tuple[Sandbox, str]] = [(s, s.end_reason) for s in retiring[:100]]
-    found += [(s, EndReason.EXPIRED) for s in rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now)[:100]]
+    untaken = Execution.objects.open().filter(heartbeat_at__isnull=True, sandbox__isnull=False).values("sandbox")
+    unasked = Q(state=S.BOOTING, pk__in=untaken)  # no provider knows of it: its time begins when somebody takes the run
+    expired = rows_open.exclude(state=S.RETIRING).filter(leased_until__lt=now).exclude(unasked)
+    found += [(s, EndReason.EXPIRED) for s in expired[:100]]
     used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")  # a null would match nothing at all
     live = rows_open.filter(leased_until__gte=now).exclude(state=S.RETIRING).exclude(pk__in=used)
     found += [

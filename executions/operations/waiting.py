@@ -25,7 +25,7 @@ from django.db.models.functions import RowNumber
 from django.utils import timezone
 
 from executions import backends, journal, ledger, pool, routes
-from executions.errors import QueueTimedOut, Refused, SessionGone
+from executions.errors import BackendUnavailable, NoBackend, QueueTimedOut, Refused, SessionGone
 from executions.hop import rows
 from executions.models import Agent, Execution, Sandbox, hot
 from executions.operations import run
@@ -184,18 +184,27 @@ def claim(execution_id: str) -> Execution | None:
         sandbox, now = execution.sandbox, timezone.now()
         assert sandbox is not None
         began: dict[str, Any] = {"started_at": now, "heartbeat_at": now}
+        rest, may_begin_anew = sandbox.leased_until - now, bool(execution.wish) and not sandbox.kept
         if sandbox.state == S.BOOTING:
             backend = backends.get(sandbox.backend)
             if not backend.is_reached and execution.created_at > now - NODELESS:
                 return None
             if execution.agent is not None and routes.below_floor(execution.agent, backend):
-                return None  # to a machine with stronger walls, or to nobody
+                if rest > timedelta():
+                    return None  # to a machine with stronger walls, or to nobody
+                _close(execution, NoBackend("No process took it whose machine has the walls that its agent asks for."))
+                return execution
             waited = now - sandbox.created_at  # of which the provider knows nothing
             moved = {"metered_until": now, "leased_until": sandbox.leased_until + waited, "node": pool.node_of(backend)}
             hot.change(sandbox, moved)
             hot.change(execution, began)
             _set(sandbox, moved)
-        elif sandbox.state not in (S.LEASED, S.PAUSED) or sandbox.leased_until <= now:
+        elif may_begin_anew and (sandbox.state != S.LEASED or rest < timedelta(seconds=execution.timeout_seconds)):
+            give_back(
+                execution, EndReason.EXPIRED, BackendUnavailable.code, "Its sandbox's time ran, and nobody took it."
+            )
+            return None
+        elif sandbox.state not in (S.LEASED, S.PAUSED) or rest <= timedelta():
             _close(execution, SessionGone("Its sandbox had ended before a process took it; nothing has run."))
             return execution
         elif not sandbox.is_here:
@@ -207,6 +216,23 @@ def claim(execution_id: str) -> Execution | None:
         _set(execution, began)
         execution.tried = list(execution.attempts.order_by("number"))
     return execution
+
+
+def give_back(execution: Execution, end_reason: EndReason, code: str, said: str) -> None:
+    """Let it begin anew: nothing has run. Its sandbox is retired, so that a runner that was only slow cannot use it any more.
+
+    Call it in a transaction.
+    """
+    sandbox = Sandbox.objects.select_for_update().get(pk=execution.sandbox_id)
+    if sandbox.state in (S.BOOTING, S.LEASED):
+        sandbox.advance(S.RETIRING, reason=code, end_reason=end_reason)
+    now = timezone.now()
+    execution.advance(
+        E.QUEUED, reason=code, sandbox=None, backend="", started_at=None, heartbeat_at=None, waits_for=said,
+        waits_until=now + timedelta(seconds=max(60, settings.QUEUE_SECONDS)),
+    )  # fmt: skip
+    attempts = execution.attempts.filter(outcome=AttemptOutcome.OPEN)
+    attempts.update(outcome=AttemptOutcome.UNAVAILABLE, code=code, ended_at=now)
 
 
 def _set(row: Model, values: dict[str, Any]) -> None:

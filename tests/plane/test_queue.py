@@ -13,7 +13,7 @@ from executions.errors import Elsewhere
 from executions.hop import rows
 from executions.models import Agent, Event, Execution, Quota, Sandbox, Transition, Usage
 from executions.operations import run, sessions, waiting
-from executions.operations.reap import FAR_PATIENCE, close_stale
+from executions.operations.reap import FAR_PATIENCE, close_stale, find_over
 from executions.serializers import SessionRequest
 from executions.states import ExecutionState, SandboxState, Unit
 from tests.plane.conftest import asks
@@ -89,6 +89,30 @@ def test_the_time_in_the_queue_is_not_billed_and_takes_nothing_of_its_lease(call
     assert lease > timedelta(seconds=49)  # and thirty for boot and settling
     assert claimed.sandbox.metered_until == claimed.started_at
     assert not Usage.objects.exists()
+
+
+@pytest.mark.django_db
+def test_however_long_the_queue_is_nobody_takes_its_sandbox_away_before_it_was_asked_for(caller):
+    left(caller, timeout_seconds=20)
+    with time_machine.travel(timezone.now() + timedelta(minutes=10)):
+        assert find_over() == []
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("late_seconds", [45, 600])
+async def test_a_warm_sandbox_whose_time_has_run_meanwhile_is_followed_by_a_fresh_one(caller, late_seconds):
+    execution = await rows(left, caller, timeout_seconds=20)
+    warm = execution.sandbox
+    await rows(warm.advance, S.LEASED, handle={"sandbox_id": warm.provider_name}, ready_at=timezone.now())  # of a pool
+
+    with time_machine.travel(timezone.now() + timedelta(seconds=late_seconds)):
+        await operations.reap()
+        await waiting.look()
+        after = await ended(execution)
+
+    assert (after.state, after.sandbox_id != warm.pk) == (E.SUCCEEDED, True)
+    tried = await rows(lambda: list(after.attempts.values_list("number", "outcome", "code")))
+    assert tried == [(1, "unavailable", "backend_unavailable"), (2, "ran", "")]
 
 
 @pytest.mark.django_db
