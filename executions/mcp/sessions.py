@@ -19,6 +19,7 @@ from executions.mcp import answers, resources
 from executions.mcp.answers import Answer
 from executions.mcp.call import Call, SessionId
 from executions.models import Package, Sandbox
+from executions.packages.progress import Progress
 from executions.pool import MARGIN_SECONDS
 from executions.serializers import (
     Accepted,
@@ -159,9 +160,10 @@ class InstallPackage(InstallRequest):
 
 
 class Installed(BaseModel):
-    """What can be imported now; `state` is "running" while packages are still being fetched."""
+    """What can be imported now; `state` is "running", and `progress` says how far it is, while packages are still being fetched."""
 
     state: str
+    progress: str = ""
     session_id: str = Field("", description="Empty: into the agent's lock, for all its future sandboxes.")
     packages: list[PackageShape] = []
     lock_hash: str = ""
@@ -173,12 +175,20 @@ class Installed(BaseModel):
 async def install_package(call: Call, asked: InstallPackage) -> Answer:
     session = {"session_id": asked.session_id} if asked.session_id else {}
     verb = operations.install if session else operations.install_for_agent
-    installing = asyncio.ensure_future(verb(caller=call.caller, requirements=asked.packages, **session))
-    await asyncio.wait({installing}, timeout=call.left())
+    progress = Progress()
+    installing = asyncio.ensure_future(
+        verb(caller=call.caller, requirements=asked.packages, progress=progress, **session)
+    )
+    while not installing.done() and call.left():
+        await asyncio.wait({installing}, timeout=call.next_look())
+        if not installing.done() and call.report:
+            await call.report(time.monotonic() - call.began, str(progress))
     if not installing.done():
         leave(installing)
-        text = f"Still fetching {', '.join(asked.packages)}; ask again with the same packages."
-        return answers.of(Installed(state="running", **session), text)
+        text = (
+            f"Not ready yet: {progress}. It goes on; call install_package with the same arguments to wait for the rest."
+        )
+        return answers.of(Installed(state="running", progress=str(progress), **session), text)
     done = installing.result()
     names = ", ".join(f"{p.name} {p.version}".strip() for p in done.packages)
     shape = Installed(

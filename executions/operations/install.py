@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from executions.operations.submit import claim_session, find_session, find_templ
 from executions.packages import index
 from executions.packages.advisories import Known
 from executions.packages.decide import Item
+from executions.packages.progress import Progress
 from executions.states import Answer, Scope, Verdict
 
 ONES = 5  # tries to be the one who changes an agent's lock
@@ -40,13 +41,16 @@ class Installed:
     changed: dict[str, list[str]] = field(default_factory=dict)  # name: before, after
 
 
-async def install(*, caller: Caller, session_id: str, requirements: list[str]) -> Installed:
-    """Make packages importable in a live session, without a restart.
+async def install(
+    *, caller: Caller, session_id: str, requirements: list[str], progress: Progress | None = None
+) -> Installed:
+    """Make packages importable in a live session, without a restart; `progress` says meanwhile how far that is.
 
     Raises PackageDenied, ApprovalPending, InstallFailed, SessionGone.
     """
     asked = packages.requirements_of(requirements)
     who, there = await rows(_claimed, caller, session_id, asked)
+    who = replace(who, progress=progress or who.progress)
     assert who.sandbox is not None
     await pausing.awake(who.sandbox)
     with gone_is_recorded(who.sandbox):
@@ -75,16 +79,19 @@ async def _put_into(who: Who, sandbox: Sandbox, asked: list[Requirement], there:
     present = {**base.present, **there}
     items = await _decided(who, asked, Base(base.python, base.machine, present))
     if items:
+        who.progress.begin(f"putting {len(items)} packages into the session")
         await put(sandbox, [item.sha256 for item in items])
     return await rows(_record, who, asked, items, present)
 
 
-async def install_for_agent(*, caller: Caller, agent: str | None = None, requirements: list[str]) -> Installed:
+async def install_for_agent(
+    *, caller: Caller, agent: str | None = None, requirements: list[str], progress: Progress | None = None
+) -> Installed:
     """Make packages importable in all the agent's future sandboxes. Raises PackageDenied, ApprovalPending, InstallFailed."""
     asked = packages.requirements_of(requirements)
     caller, template = await rows(_acting, caller, agent)
     assert caller.agent is not None
-    for_whom = Who(caller, caller.agent)
+    for_whom = Who(caller, caller.agent, progress=progress or Progress())
     await rows(_denied_at_once, for_whom, asked)
     if caller.key is not None and caller.key.backend:
         raise caller.denied(Forbidden("A test key changes no agent's packages; name a session."))
@@ -106,12 +113,13 @@ def _acting(caller: Caller, agent: str | None) -> tuple[Caller, Template]:
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """For whom, where to (no sandbox: the agent's lock), and the run that asks."""
+    """For whom, where to (no sandbox: the agent's lock), the run that asks, and how far it is."""
 
     caller: Caller
     agent: Agent
     sandbox: Sandbox | None = None
     execution: Execution | None = None
+    progress: Progress = field(default_factory=Progress)
 
 
 # The decision
@@ -152,6 +160,7 @@ def _row(who: Who, name: str, **fields: Any) -> Package:
 async def _decided(who: Who, asked: list[Requirement], base: Base, hold: dict[str, str] | None = None) -> list[Item]:
     """What has to be added to the base, decided and in the store. Raises PackageDenied, ApprovalPending, InstallFailed."""
     words = [str(requirement) for requirement in asked]
+    who.progress.begin(f"resolving {', '.join(words)}")
     look = partial(
         index.resolved, words, python=base.python, machine=base.machine, present=base.present, hold=hold or {}
     )
@@ -162,6 +171,7 @@ async def _decided(who: Who, asked: list[Requirement], base: Base, hold: dict[st
         item.requested = item.name in names
     if not all(index.is_known(item) for item in items):  # nothing that is denied is fetched
         await rows(_judged, who, words, items, False)
+    who.progress.begin("fetched", items)
     found = await asyncio.gather(*(once(item.sha256, partial(index.have, item)) for item in items))
     index.told(items, {item.sha256: facts for item, facts in zip(items, found, strict=True)})
     await rows(_judged, who, words, items, True)

@@ -17,7 +17,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -221,6 +221,15 @@ def told(items: Iterable[Item], facts: dict[str, dict]) -> None:
 def is_known(item: Item) -> bool:
     """Whether its wheel is in the store, examined."""
     return kept(item.sha256).with_name(f"{item.sha256}.json").exists()
+
+
+def bytes_here(item: Item) -> int:
+    """How much of its wheel has been fetched by now, by whichever process."""
+    path = kept(item.sha256)
+    for file in (path, path.with_name(f"{path.name}.part")):
+        with suppress(OSError):
+            return file.stat().st_size
+    return 0
 
 
 def have(item: Item) -> dict:
