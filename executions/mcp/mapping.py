@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import string
 from typing import Any
 
@@ -13,6 +15,9 @@ from executions.errors import Invalid
 from executions.mcp.tools import TOOLS, WORDS, Tool, over_maximum
 
 MOST_BYTES = 64 * 1024
+MOST_DEEP = 12  # levels; what is meant here has six
+MOST_TOLD = 100  # mistakes
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 OF_A_TOOL = {"title": str, "description": str, "arguments": dict}
 OF_AN_ARGUMENT = {"description": str, "default": object, "maximum": int, "hidden": bool}
 KINDS = {str: "a text", int: "a whole number from 1", bool: "true or false", dict: "a mapping"}
@@ -23,7 +28,9 @@ class Mistakes(Invalid):
 
     def __init__(self, lines: list[tuple[int, str]]) -> None:
         self.lines = sorted(lines)
-        said = "\n".join(f"line {line}: {sentence}" for line, sentence in self.lines)
+        said = "\n".join(f"line {line}: {sentence}" for line, sentence in self.lines[:MOST_TOLD])
+        if more := len(self.lines[MOST_TOLD:]):
+            said += f"\nand {more} more"
         super().__init__(said, field="tools", remedy="Correct these lines and send it again; nothing was changed.")
 
 
@@ -47,18 +54,25 @@ def render(tools: list[str] | dict[str, Any]) -> str:
 
 def _composed(text: str) -> Node | None:
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # one by one: nothing is built of it yet
+            line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.AliasEvent):
-                mark = event.start_mark
-                raise Mistakes([(mark.line + 1 if mark else 1, "Anchors and aliases are not read here: write it out.")])
+                raise Mistakes([(line, "Anchors and aliases are not read here: write it out.")])
+            if isinstance(event, yaml.ScalarEvent) and UNSTORABLE.search(event.value):
+                raise Mistakes([(line, "A NUL or half of a surrogate pair cannot be part of it.")])
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > MOST_DEEP:
+                raise Mistakes([(line, f"It is nested more than {MOST_DEEP} deep.")])
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise Mistakes([(mark.line + 1 if mark else 1, f"This is not YAML: {e.problem or e.context}.")]) from None
     except yaml.YAMLError as e:
         raise Mistakes([(1, f"This is not YAML: {' '.join(str(e).split())}.")]) from None
-    except RecursionError:
-        raise Mistakes([(1, "It is nested too deeply.")]) from None
 
 
 class _Reading:
@@ -157,6 +171,8 @@ class _Reading:
 
     def constructed(self, node: Node) -> Any:
         try:
-            return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+            said = yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+            json.dumps(said, allow_nan=False, default=str)  # no infinity, nor more digits than can be told
+            return said
         except (yaml.YAMLError, ValueError, OverflowError, TypeError):
             self.wrong(node, "This value cannot be read.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -13,6 +14,7 @@ from tests.mcp_door.conftest import connected, text
 from tests.product import HOME
 
 DOCUMENTED = (HOME / "docs" / "mcp.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+IN_CODE = "tools:\n  execute_code:\n    arguments:\n      code: %s\n"
 
 
 async def configure(agent, yaml: str) -> None:
@@ -82,6 +84,16 @@ def test_every_mistake_is_told_with_its_line():
         "---\na\n---\nb",
         "x" * 70_000,
         "? [a]\n: b",
+        *(opening * 20_000 for opening in ("[", "{a: ", "? ", "- ")),
+        IN_CODE % ("{default: " + "{a: " * 90 + "1" + "}" * 90 + "}"),
+        IN_CODE % ("[" * 300 + "]" * 300),
+        "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrstuvw")),
+        'tools: {execute_code: {title: "a\\0"}}',
+        'tools: {execute_code: {title: "\\ud800"}}',
+        'tools: {execute_code: {arguments: {files: {default: {"\\ud800": a}}}}}',
+        "tools: {execute_code: {arguments: {max_cost_usd: {default: .inf}}}}",
+        f"tools: {{execute_code: {{arguments: {{timeout_seconds: {{default: 0x{'f' * 20_000}, maximum: 5}}}}}}}}",
+        f"tools: {{execute_code: {{arguments: {{timeout_seconds: {{default: {'1:' * 9_000}1, maximum: 5}}}}}}}}",
     ],
 )
 def test_what_is_no_mapping_is_refused_with_a_line(bad):
@@ -89,6 +101,14 @@ def test_what_is_no_mapping_is_refused_with_a_line(bad):
         mapping.parse(bad)
 
     assert told.value.lines[0][0] >= 1
+
+
+def test_of_thousands_of_mistakes_the_first_hundred_are_told():
+    with pytest.raises(mapping.Mistakes) as told:
+        mapping.parse("tools: [" + "x, " * 4_000 + "]")
+
+    assert str(told.value).count("There is no tool 'x'") == 100
+    assert "and 3900 more" in str(told.value)
 
 
 @pytest.mark.parametrize("tools", [[], ["execute_code"], {"execute_code": {}}, mapping.parse(DOCUMENTED)])
