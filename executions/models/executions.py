@@ -97,7 +97,11 @@ class Execution(HasLifecycle):
             models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
             models.Index(fields=["created_at"], name="execution_by_time"),
             models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
-            models.Index(fields=["team", "workflow"], condition=~Q(workflow=""), name="execution_in_workflow"),
+            models.Index(
+                fields=["team", "workflow", "-created_at", "-id"],
+                condition=~Q(workflow=""),
+                name="execution_of_workflow",
+            ),
         ]
         constraints = [
             models.CheckConstraint(condition=Q(state__in=ExecutionState.values), name="execution_state_known"),

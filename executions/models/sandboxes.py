@@ -135,6 +135,7 @@ class Sandbox(HasLifecycle):
         indexes = [
             models.Index(fields=["leased_until"], condition=Q(ended_at__isnull=True), name="sandbox_open"),
             models.Index(fields=["team", "-created_at"], name="sandbox_of_team"),
+            models.Index(fields=["team", "-created_at"], condition=Q(kept=True), name="session_of_team"),
             models.Index(fields=["pool", "state"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_pool"),
             models.Index(fields=["pool", "created_at"], condition=Q(pool__isnull=False), name="sandbox_of_pool"),
             models.Index(fields=["team", "ended_at"], condition=Q(ended_at__isnull=True), name="sandbox_open_of_team"),
