@@ -68,12 +68,12 @@ def _ready(
     caller: Caller, alias: str, template: Template, fields: dict[str, Any]
 ) -> tuple[Pool | None, Sandbox | None]:
     """The pool whose sandboxes are such ones, and one that is ready."""
-    found = find(alias, template, fields.get("memory_mib", template.memory_mib), fields.get("network_allow", []))
-    has_lock = caller.agent is not None and caller.agent.lock_id is not None  # no pool is made with it
-    if found is None or has_lock or fields.get("env", template.env) not in ({}, template.env):
+    memory_mib, rules = fields.get("memory_mib", template.memory_mib), fields.get("network_allow", [])
+    found = find(alias, template, memory_mib, rules, caller.agent)
+    if found is None or fields.get("env", template.env) not in ({}, template.env):
         return None, None
-    backend = backends.get(alias)
-    warm = next(iter(_idle(found.pk, made_of(found, template), backend.isolation, node_of(backend))), None)
+    backend, lock_id = backends.get(alias), caller.agent.lock_id if caller.agent else None
+    warm = next(iter(_idle(found.pk, made_of(found, template, lock_id), backend.isolation, node_of(backend))), None)
     if warm is None or warm.leased_until < timezone.now() + timedelta(seconds=LEFT_SECONDS):
         return found, None
     return found, warm
@@ -117,6 +117,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
     transaction.
     """
     now = timezone.now()
+    lock_id = fields.pop("lock_id", caller.agent.lock_id if caller.agent else None)
     memory_mib = fields.pop("memory_mib", template.memory_mib)
     backend, price = backends.get(alias), price_of(alias, template, memory_mib)
     if why := capacity.room(alias):  # which takes a creation of the plan
@@ -133,7 +134,7 @@ def intend(caller: Caller, *, alias: str, template: Template, seconds: int, exec
         key=caller.key,
         actor=caller.person,
         template=template,
-        lock_id=caller.agent.lock_id if caller.agent else None,
+        lock_id=lock_id,
         backend=alias,
         node=node_of(backend),
         isolation=backend.isolation,
@@ -182,22 +183,36 @@ def _worst(seconds: int, rate: int, fields: dict[str, Any]) -> tuple[int, Callab
 # Which pool, and which of its sandboxes
 
 
-def find(alias: str, template: Template, memory_mib: int, network_allow: Sequence[str]) -> Pool | None:
-    """The pool whose sandboxes are exactly such ones."""
+def find(
+    alias: str, template: Template, memory_mib: int, network_allow: Sequence[str], agent: Agent | None
+) -> Pool | None:
+    """The pool whose sandboxes are exactly such ones: the agent's own, or without a lock the one for all."""
+    shared = None
     for pool in _of(alias):
         same_size = memory_mib == (pool.memory_mib or template.memory_mib)
-        if pool.template_id == template.pk and same_size and pool.network_allow == list(network_allow):
+        if pool.template_id != template.pk or not same_size or pool.network_allow != list(network_allow):
+            continue
+        if pool.packages_of_id is None:
+            shared = pool
+        elif agent is not None and pool.packages_of_id == agent.pk:
             return pool
-    return None
+    return shared if agent is None or agent.lock_id is None else None
 
 
-def made_of(pool: Pool, template: Template) -> str:
+def lock_of(pool: Pool) -> str | None:
+    """The lock that its sandboxes begin with now."""
+    return pool.packages_of.lock_id if pool.packages_of else None
+
+
+def made_of(pool: Pool, template: Template, lock_id: str | None) -> str:
     """Hash of all that a fresh sandbox of this pool is made from: one of an older template is never handed out."""
     content = [
         pool.backend, template.pk, template.cpu_count, pool.memory_mib or template.memory_mib, template.disk_mib,
         template.env, template.e2b_template, template.packages, template.files, template.start_command, template.build,
         pool.network_allow,
     ]  # fmt: skip
+    if lock_id:
+        content.append(lock_id)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

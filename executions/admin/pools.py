@@ -86,14 +86,15 @@ class PoolPage(ConfigurationPage):
     form = PoolForm
     list_display = ["label", "badge", "aim", "ready", "booting", "hit_rate", "claim_p95", "idle_cost", "trouble"]
     list_filter = [filters.ByBackend, ("is_enabled", BooleanRadioFilter)]
-    list_select_related = ["template"]
+    list_select_related = ["template", "packages_of"]
+    autocomplete_fields = ["packages_of"]
     search_fields = ["template__name", "backend"]
     ordering = ["backend", "template__name", "pk"]
     readonly_fields = [
         "holds", "ready", "booting", "hit_rate", "claims_took", "idle_cost", "full_cost", "spent_today", "trouble",
     ]  # fmt: skip
     fieldsets = [
-        (None, {"fields": [("backend", "template"), ("memory_mib", "network_allow"), "is_enabled"]}),
+        (None, {"fields": [("backend", "template"), ("memory_mib", "network_allow"), "packages_of", "is_enabled"]}),
         (
             "How many",
             {"fields": ["follows", ("target", "at_most"), "hours", ("zero_after_seconds", "lifetime_seconds")]},
@@ -122,7 +123,8 @@ class PoolPage(ConfigurationPage):
     def label(self, row: Pool) -> str:
         size = f", {row.memory_mib:,} MiB" if row.memory_mib else ""
         network = f", network {', '.join(row.network_allow)}" if row.network_allow else ""
-        return f"{row}{size}{network}"
+        packages = f", packages of {row.packages_of.name}" if row.packages_of else ""
+        return f"{row}{size}{network}{packages}"
 
     @display(description="enabled", ordering="is_enabled")
     def badge(self, row: Pool) -> SafeString:

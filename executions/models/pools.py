@@ -13,6 +13,8 @@ from executions.models.sandboxes import Sandbox, Template
 from executions.models.teams import Agent
 from executions.states import PoolTarget
 
+KIND = ["backend", "template", "memory_mib", "network_allow"]
+
 
 class Pool(models.Model):
     """Sandboxes of one kind on one backend that are kept ready. What they cost while they wait, its own account pays."""
@@ -24,6 +26,10 @@ class Pool(models.Model):
     network_allow = models.JSONField(
         "network", default=list, blank=True, help_text="Claimed only by requests with exactly these rules. Empty: off."
     )
+    packages_of = models.ForeignKey(
+        Agent, models.PROTECT, null=True, blank=True, related_name="+", verbose_name="packages of",
+        help_text="An agent: its package lock is in them, and only it takes them. Empty: for all agents without a lock.",
+    )  # fmt: skip
     is_enabled = models.BooleanField("enabled", default=True, help_text="Off: what is ready is let go of.")
     follows = models.CharField(max_length=8, choices=PoolTarget, default=PoolTarget.FIXED)
     target = models.PositiveSmallIntegerField(
@@ -57,8 +63,14 @@ class Pool(models.Model):
     class Meta:
         constraints = [
             models.UniqueConstraint(
-                fields=["backend", "template", "memory_mib", "network_allow"],
+                fields=KIND,
+                condition=Q(packages_of=None),
                 name="pool_once_of_a_kind",
+                violation_error_message="There is a pool of this kind already.",
+            ),
+            models.UniqueConstraint(
+                fields=[*KIND, "packages_of"],
+                name="pool_once_of_a_kind_of_agent",
                 violation_error_message="There is a pool of this kind already.",
             ),
             models.CheckConstraint(condition=Q(follows__in=PoolTarget.values), name="pool_follows_known"),

@@ -123,6 +123,7 @@ def _pools_by_backend() -> dict[str, list[dict[str, Any]]]:
                 "template": pool.template.name,
                 "memory_mib": pool.memory_mib or pool.template.memory_mib,
                 "network": pool.network_allow,
+                "packages_of": pool.packages_of_id,
                 "ready": now.ready,
                 "booting": now.booting,
                 "hit_rate": now.hit_rate,

@@ -93,7 +93,7 @@ def _ended(task: asyncio.Task) -> None:
 
 
 def find_pools() -> list[Pool]:
-    return list(Pool.objects.select_related("template"))
+    return list(Pool.objects.select_related("template", "packages_of"))
 
 
 def plan(found: Pool) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
@@ -108,7 +108,7 @@ def plan(found: Pool) -> tuple[list[Sandbox], list[tuple[Sandbox, str]]]:
             Pool.objects.filter(pk=found.pk).update(trouble="")
         return [], surplus
     with transaction.atomic(durable=True):
-        locked = Pool.objects.select_for_update(of=("self",)).select_related("template", "agent__team")
+        locked = Pool.objects.select_for_update(of=("self",)).select_related("template", "packages_of", "agent__team")
         found = locked.get(pk=found.pk)
         missing, is_booting, _ = _look(found)
         intents, trouble = _intents(found, missing, is_booting) if missing > 0 else ([], "")
@@ -125,7 +125,7 @@ def _look(found: Pool) -> tuple[int, bool, list[tuple[Sandbox, str]]]:
         "pk", "state", "created_at", "leased_until", "made_of", "isolation"
     )
     isolation = backends.get(found.backend).isolation if found.backend in backends.aliases() else ""
-    as_today = (pool.made_of(found, found.template), isolation)
+    as_today = (pool.made_of(found, found.template, pool.lock_of(found)), isolation)
     ready: list[str] = []
     booting, over = 0, dict[str, str]()
     for pk, state, created_at, leased_until, *made in facts:  # no whole rows: there may be hundreds, and most stay
@@ -154,7 +154,8 @@ def _intents(found: Pool, missing: int, is_booting: bool) -> tuple[list[Sandbox]
         if is_booting or (found.retry_at and found.retry_at > timezone.now()):
             return [], found.trouble
         missing = 1
-    account, made_of = pool.account(found), pool.made_of(found, found.template)
+    account, lock_id = pool.account(found), pool.lock_of(found)
+    made_of = pool.made_of(found, found.template, lock_id)
     intents: list[Sandbox] = []
     for _ in range(min(missing, BOOTS_AT_ONCE)):
         try:
@@ -163,7 +164,7 @@ def _intents(found: Pool, missing: int, is_booting: bool) -> tuple[list[Sandbox]
                     pool.intend(
                         account, alias=found.backend, template=found.template, seconds=found.lifetime_seconds,
                         memory_mib=found.memory_mib or found.template.memory_mib, network_allow=found.network_allow,
-                        env=found.template.env, pool=found, made_of=made_of,
+                        env=found.template.env, pool=found, made_of=made_of, lock_id=lock_id,
                     )
                 )  # fmt: skip
         except Refused as e:

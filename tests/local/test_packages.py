@@ -11,12 +11,12 @@ import pytest
 from executions import backends, keys, operations
 from executions.backends.local.backend import CAPABILITIES, LocalBackend
 from executions.hop import rows
-from executions.models import Agent, Package
-from executions.operations import bases, placing, setup
+from executions.models import Agent, AuditEvent, Package, Pool, Sandbox, Template
+from executions.operations import bases, placing, replenish, setup
 from executions.packages import layers
 from executions.packages.history import runs_with
 from executions.serializers import SessionRequest, Submission, parse
-from executions.states import Scope
+from executions.states import EndReason, Scope
 from tests.index import Index, running_index
 from tests.node import RunningNode
 
@@ -147,3 +147,47 @@ async def test_a_sandbox_elsewhere_is_sent_the_same_lock_and_proves_its_hash(cal
     refused = await operations.execute(caller=await again(caller), request=parse(Submission, {"code": "1"}))
     assert "the archive has another hash" in refused.detail
     assert refused.error_code == "sandbox_refused"
+
+
+@pytest.mark.parametrize("change", ["grown", "taken back"])
+async def test_a_warm_sandbox_of_the_agents_own_pool_has_its_lock_mounted_and_follows_it(caller, index, ada, change):
+    index.add("greeting", "1.0", {"greeting.py": "word = 'one'\n"})
+    index.add("later", "1.0", {"later.py": "word = 'two'\n"})
+    look = "import importlib.util as u; print([n for n in ('greeting', 'later') if u.find_spec(n)])"
+    if change == "taken back":
+        await operations.install_for_agent(caller=caller, requirements=["greeting"])
+    await operations.install_for_agent(
+        caller=await again(caller), requirements=["later" if change == "taken back" else "greeting"]
+    )
+    template = await Template.objects.aget(name="default")
+    await Pool.objects.acreate(backend="local", template=template, target=1, packages_of=caller.agent)
+    try:
+        first = await warm_run(caller, look)
+        if change == "grown":
+            await operations.install_for_agent(caller=await again(caller), requirements=["later"])
+        else:
+            event = await AuditEvent.objects.filter(action="agent_changed").alatest("seq")
+            by = keys.Caller(team=caller.team, agent=None, person=ada, door="admin")
+            await rows(lambda: operations.revert(event, caller=by, reason="too much"))
+        second = await warm_run(caller, look)
+    finally:
+        await Pool.objects.aupdate(target=0)
+        await replenish.replenish()
+        await replenish.settled()
+
+    both, one = "['greeting', 'later']", "['greeting']"
+    assert (first, second) == ((one, both) if change == "grown" else (both, one))
+    ends = [s async for s in Sandbox.objects.filter(state="gone").values_list("end_reason", flat=True)]
+    assert EndReason.EVICTED in ends  # the successor with the former lock
+    assert not await Sandbox.objects.open().aexists()
+
+
+async def warm_run(caller: keys.Caller, code: str) -> str:
+    """What a run printed in a sandbox that was ready before."""
+    for _ in range(2):
+        await replenish.replenish()
+        await replenish.settled()
+    shape = await operations.execute(caller=await again(caller), request=parse(Submission, {"code": code}))
+    await replenish.settled()  # its successor is there, with the lock of now
+    assert shape.from_pool, await rows(list, Pool.objects.values_list("trouble", flat=True))
+    return shape.logs.stdout.strip()

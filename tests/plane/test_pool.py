@@ -16,7 +16,19 @@ from executions.backends import scripted
 from executions.costs import NANO
 from executions.errors import BudgetExhausted, QuotaExceeded
 from executions.hop import rows
-from executions.models import Claim, Execution, LedgerEntry, Pool, Quota, Rate, Sandbox, Template, Usage
+from executions.models import (
+    Agent,
+    Claim,
+    Execution,
+    LedgerEntry,
+    PackageLock,
+    Pool,
+    Quota,
+    Rate,
+    Sandbox,
+    Template,
+    Usage,
+)
 from executions.operations import replenish
 from executions.operations import run as running
 from executions.operations.boot import boot
@@ -677,3 +689,74 @@ def test_of_many_processes_one_boots_what_is_missing(caller, seeded):
 
     assert sorted(planned) == [0] * 7 + [3]
     assert Sandbox.objects.count() == 3
+
+
+# An agent's packages
+
+
+async def locked(agent, digest: str) -> PackageLock:
+    """The agent has another lock from now on."""
+    lock = await PackageLock.objects.acreate(agent=agent, digest=digest, python="3.11")
+    await Agent.objects.filter(pk=agent.pk).aupdate(lock=lock)
+    agent.lock = lock
+    return lock
+
+
+async def test_an_agent_with_a_lock_takes_only_from_the_pool_with_its_packages_and_nobody_else_does(caller, seeded):
+    other = replace(
+        caller,
+        agent=await Agent.objects.acreate(team=caller.team, name="other", isolation_floor="none", route=["first"]),
+    )
+    lock = await locked(caller.agent, "1")
+    await a_pool(seeded, 1)
+    mine = await a_pool(seeded, 1, packages_of=caller.agent)
+    await filled()
+    assert {(s.pool_id, s.lock_id) async for s in Sandbox.objects.all()} == {
+        (mine.pk, lock.pk),
+        ((await Pool.objects.aget(packages_of=None)).pk, None),
+    }
+
+    with_packages, without = await runs(caller), await runs(other)
+    nothing_left = await runs(caller)
+
+    assert (with_packages.sandbox.pool_id, with_packages.sandbox.lock_id) == (mine.pk, lock.pk)
+    assert (without.sandbox.lock_id, bool(without.sandbox.made_of)) == (None, True)
+    assert (nothing_left.sandbox.made_of, nothing_left.sandbox.lock_id) == ("", lock.pk)
+
+
+async def test_when_a_lock_changes_what_is_ready_is_nobodys_and_is_replaced(caller, seeded):
+    first = await locked(caller.agent, "1")
+    await a_pool(seeded, 1, packages_of=caller.agent)
+    await filled()
+
+    second = await locked(caller.agent, "2")
+    fresh = await runs(caller)
+    await filled()
+    old = await Sandbox.objects.aget(lock=first)
+    await Agent.objects.filter(pk=caller.agent.pk).aupdate(lock=first)  # taken back
+    caller.agent.lock = first
+    await filled()
+
+    assert (fresh.sandbox.made_of, fresh.sandbox.lock_id) == ("", second.pk)
+    assert (old.state, old.end_reason) == (S.GONE, EndReason.EVICTED)
+    ready = [s async for s in Sandbox.objects.filter(state=S.IDLE)]
+    assert [s.lock_id for s in ready] == [first.pk]
+    assert (await runs(caller)).sandbox.pk == ready[0].pk
+
+
+async def test_without_a_pool_of_its_own_an_agent_with_a_lock_boots(caller, seeded):
+    await locked(caller.agent, "1")
+    await a_pool(seeded, 1)
+    await filled()
+
+    assert (await runs(caller)).sandbox.pool_id is None
+
+
+def test_a_pool_for_an_agents_packages_is_made_once_from_the_terminal(caller, seeded, capsys):
+    for target in ("1", "2"):
+        call_command("pool", "first", "--packages-of", caller.agent.pk, "--target", target)
+
+    assert [(p.packages_of, p.target) for p in Pool.objects.all()] == [(caller.agent, 2)]
+    assert f"packages of {caller.agent.name}" in capsys.readouterr().out
+    with pytest.raises(CommandError, match="there is no agent 'agt_none'"):
+        call_command("pool", "first", "--packages-of", "agt_none")

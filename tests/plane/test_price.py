@@ -286,7 +286,7 @@ def test_pricing_asks_the_database_a_constant_number_of_questions(caller, rated)
 def test_what_a_warm_sandbox_costs_beyond_its_lease_is_paid_by_its_pool(caller, rated, seeded):
     began = timezone.now()
     warm = Pool.objects.create(backend="first", template=seeded, lifetime_seconds=600)
-    digest, at = pool.made_of(warm, seeded), {"tick": False}
+    digest, at = pool.made_of(warm, seeded, None), {"tick": False}
     with time_machine.travel(began, **at):
         born = {"seconds": 600, "pool": warm, "made_of": digest}
         sandbox = pool.intend(pool.account(warm), alias="first", template=seeded, **born)

@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from executions import audit, backends, costs, demand, network, pool
 from executions.keys import Caller
-from executions.models import Pool, Team, Template
+from executions.models import Agent, Pool, Team, Template
 from executions.states import PoolTarget
 
 
@@ -27,6 +27,7 @@ class Command(BaseCommand):
         parser.add_argument("--template", default="default")
         parser.add_argument("--memory-mib", type=int, default=0, help="0: as the template has")
         parser.add_argument("--network", default="", help="its network rules, with commas; none: no network")
+        parser.add_argument("--packages-of", metavar="AGENT", help="an agent's id: with its package lock, for it alone")
         parser.add_argument("--target", type=int, help="how many are kept ready; of a forecast, the least")
         parser.add_argument("--follows", choices=PoolTarget.values)
         parser.add_argument("--at-most", type=int, help="the most that a forecast keeps ready")
@@ -55,6 +56,12 @@ class Command(BaseCommand):
         except ValueError as problem:
             raise CommandError(f"--network: {problem}") from None
         kind = {"backend": backend, "template": template, "memory_mib": options["memory_mib"]}
+        if wanted := options["packages_of"]:
+            kind["packages_of"] = Agent.objects.filter(pk=wanted).first()
+            if kind["packages_of"] is None:
+                raise CommandError(f"--packages-of: there is no agent {wanted!r}; its id is on its page.")
+        else:
+            kind["packages_of"] = None
         found = Pool.objects.filter(**kind, network_allow=rules).first() or Pool(**kind, network_allow=rules)
         said = {
             "target": options["target"],
@@ -81,11 +88,11 @@ class Command(BaseCommand):
             pool.allow(found, nano_usd)
         audit.record(
             "pool_changed", caller=Caller(team=account.team, agent=None, door="command"), subject=found.pk,
-            after=changed | {"backend": backend, "template": template.name},
+            after=changed | {"backend": backend, "template": template.name, "packages_of": options["packages_of"] or ""},
         )  # fmt: skip
 
     def show(self) -> None:
-        pools = list(Pool.objects.select_related("template").order_by("backend", "template__name"))
+        pools = list(Pool.objects.select_related("template", "packages_of").order_by("backend", "template__name"))
         if not pools:
             self.stdout.write("There is no pool: every sandbox is booted when it is asked for.")
         standings = demand.standings(pools)
@@ -94,8 +101,9 @@ class Command(BaseCommand):
             rate = "nobody asked in the last hour"
             if now.hit_rate is not None:
                 rate = f"{now.hit_rate:.1%} of {now.hits + now.misses} hit"
+            packages = f", packages of {found.packages_of.name}" if found.packages_of else ""
             self.stdout.write(
-                f"{found}: {now.ready} ready, {now.booting} booting, {demand.wanted(found, timezone.now())} wanted; "
+                f"{found}{packages}: {now.ready} ready, {now.booting} booting, {demand.wanted(found, timezone.now())} wanted; "
                 f"{rate}; waiting costs {costs.usd(now.idle_nano_usd_per_day)} a day"
                 + (f"; {found.trouble}" if found.trouble else "")
             )
