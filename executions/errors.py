@@ -20,6 +20,8 @@ SandgateError
 │   │   └── QueueTimedOut       429  it has waited long enough
 │   └── NoBackend               503
 │       └── RateUnknown         503  no price, and no ceiling that stands in for it
+├── DatabaseAway                503  the records can neither be read nor written
+│   └── StorageFull             507  no room for them
 └── BackendError                a machine said no, or broke
     ├── BackendUnavailable      nothing has run: another backend may be tried
     │   └── SandboxRefused      for what was asked of it; the backend itself is well
@@ -36,6 +38,7 @@ SandgateError
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -228,6 +231,27 @@ class RateUnknown(NoBackend):
     )
 
 
+class DatabaseAway(SandgateError):
+    """The database does not answer."""
+
+    code = "database_away"
+    status = 503
+    remedy = "Try again after retry_after seconds, with the same Idempotency-Key where there is one: it runs once then."
+    retry_after = 5
+
+    def __init__(self, detail: str | None = None, **facts: Any) -> None:
+        super().__init__(detail, **{"retry_after": self.retry_after, **facts})
+
+
+class StorageFull(DatabaseAway):
+    """There is no room left where Sandgate keeps its records and files."""
+
+    code = "storage_full"
+    status = 507
+    remedy = "The operator has to make room (manage.py doctor says where). Then send the same again."
+    retry_after = 60
+
+
 class BackendError(SandgateError):
     """A backend failed."""
 
@@ -338,6 +362,23 @@ class Unsupported(BackendError):
     status = 400
     theirs = True
     remedy = "Name a route whose backend has the capability; GET /api/v1/backends lists them."
+
+
+NO_ROOM = {"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "53100"}  # the last of PostgreSQL
+
+
+def ours(error: BaseException, otherwise: str = "Something broke on our side.") -> SandgateError:
+    """What nobody expected, as one of these: where it is the database or the disk, it says so."""
+    from django.db import InterfaceError, OperationalError
+
+    if isinstance(error, SandgateError):
+        return error
+    codes = {getattr(error.__cause__, name, None) for name in ("sqlite_errorname", "sqlstate")}
+    if codes & NO_ROOM or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return StorageFull()
+    if isinstance(error, OperationalError | InterfaceError):
+        return DatabaseAway()
+    return SandgateError(otherwise)
 
 
 # The table of docs/errors.md: `python -m executions.errors` prints it.

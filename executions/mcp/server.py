@@ -38,7 +38,7 @@ from mcp_types import (
 )
 
 from executions import demand, operations, traces
-from executions.errors import SandgateError
+from executions.errors import SandgateError, ours
 from executions.hop import rows
 from executions.keys import Caller
 from executions.mcp import answers, resources, tools
@@ -94,9 +94,9 @@ def build(caller_of: Callable[[Any], Any], *, cancels: bool) -> Server:
                 return as_result(await tools.answer(call, params.name, params.arguments or {}))
             except SandgateError as e:  # the key of a stdio server was revoked
                 return as_result(answers.refusal(e, ""))
-            except Exception:
+            except Exception as e:
                 log.exception("tool_failed", tool=params.name)
-                return as_result(answers.refusal(SandgateError("Something broke on our side."), ""))
+                return as_result(answers.refusal(ours(e), ""))
 
         task = asyncio.create_task(work())  # a task of its own: a caller that goes away ends nothing
         _going_on.add(task)

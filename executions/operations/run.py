@@ -13,7 +13,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from executions import backends, egress, faults, journal, ledger, metrics
+from executions import backends, egress, errors, faults, journal, ledger, metrics
 from executions.backends.base import EgressRecord, Handle
 from executions.backends.base import Event as Said
 from executions.errors import (
@@ -29,7 +29,7 @@ from executions.errors import (
 )
 from executions.hop import rows
 from executions.models import Attempt, Egress, Event, Execution, IllegalTransition, Sandbox, Usage, hot
-from executions.operations import artifacts, pausing
+from executions.operations import artifacts, patience, pausing
 from executions.operations.boot import boot, never_was, spec_of
 from executions.operations.submit import caller_of, next_attempt
 from executions.states import AttemptOutcome, EndReason, ExecutionState, SandboxState
@@ -155,14 +155,14 @@ class Run:
         if sandbox.handle is not None:  # a session's: already leased, the execution was admitted as running, or paused
             if sandbox.state == S.PAUSED:
                 await self._stoppable(pausing.awake(sandbox))
-                await rows(self._mark_awake)
+                await patience.surely(self, self._mark_awake)
             return sandbox.handle
         waiting = self._untried()
         while True:
             try:
                 handle = await self._beating(boot(sandbox))
                 faults.point("booted")
-                await rows(self._mark_running, sandbox, handle)
+                await patience.surely(self, self._mark_running, sandbox, handle)
                 return handle
             except BackendUnavailable as e:
                 log.info(
@@ -196,7 +196,7 @@ class Run:
 
     async def _fall_back(self, why: BackendUnavailable, waiting: list[str]) -> Sandbox:
         """The intent to boot on the next backend that is left; each that is left out says why. Raises NoBackend."""
-        await rows(self._mark_unavailable, self.execution.tried[-1], why)
+        await patience.surely(self, self._mark_unavailable, self.execution.tried[-1], why)
         while waiting:
             alias = waiting.pop(0)
             sandbox = await rows(next_attempt, caller=caller_of(self.execution), execution=self.execution, alias=alias)
@@ -315,7 +315,7 @@ class Run:
                 continue
             beat = time.monotonic() if due else beat
             try:
-                cancelled = await rows(self._write, batch, due)
+                cancelled = await patience.surely(self, self._write, batch, due)
             except Exception as e:
                 self.stop(e)
                 raise
@@ -328,10 +328,10 @@ class Run:
     def _write(self, batch: list[Event], look: bool) -> str | None:
         """Store a batch; with `look`, show a sign of life and return the reason of a cancel that was asked for."""
         with transaction.atomic(durable=True):
-            journal.write(batch)
-            mine = Execution.objects.filter(pk=self.execution.pk)
+            patience.write(self, batch)
             if not look:
                 return None
+            mine = Execution.objects.filter(pk=self.execution.pk)
             mine.filter(heartbeat_at__isnull=False).update(heartbeat_at=timezone.now())  # empty: it was given back
         return mine.filter(cancel_requested_at__isnull=False).values_list("cancel_reason", flat=True).first()
 
@@ -374,7 +374,8 @@ class Run:
                 outcome = AttemptOutcome.LOST if self._ran else AttemptOutcome.UNAVAILABLE
                 return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
         log.error("run_failed", exc_info=e, extra={"execution_id": self.execution.pk})
-        return E.ERRORED, {"error_code": "internal", "error_value": type(e).__name__}, AttemptOutcome.LOST
+        said = errors.ours(e, type(e).__name__)
+        return E.ERRORED, {"error_code": said.code, "error_value": said.detail}, AttemptOutcome.LOST
 
     @property
     def _ran(self) -> bool:
@@ -397,7 +398,7 @@ class Run:
         gone = killing is not None and killing.done() and killing.result()
         faults.point("killed")
         reason = EndReason.LOST if lost else EndReason.FINISHED
-        await rows(self._settle, state, columns, outcome, ended_at, reason if killing else "", gone)
+        await patience.surely(self, self._settle, state, columns, outcome, ended_at, reason if killing else "", gone)
         faults.point("settled")
         metrics.ended(self.execution)
         await journal.ring(self.execution.pk)
@@ -429,7 +430,7 @@ class Run:
         execution, sandbox = self.execution, self.execution.sandbox
         assert sandbox is not None
         batch = self.journal.take()
-        journal.write(batch)
+        patience.write(self, batch)
         self.events += batch
         if sandbox.network_allow:
             egress.store(sandbox, self.went_out, execution)

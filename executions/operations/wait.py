@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from executions import journal
 from executions.errors import NotFound
-from executions.hop import rows
+from executions.hop import rows, surely
 from executions.keys import Caller
 from executions.models import Execution
 from executions.operations import waiting
@@ -16,7 +16,9 @@ from executions.operations.cancel import request_cancel
 from executions.operations.run import Run, running, start
 from executions.operations.submit import submit
 from executions.serializers import ExecutionShape, Submission, execution_shape
-from executions.states import Scope
+from executions.states import AttemptOutcome, Scope
+
+LOOK_SECONDS = 1.0  # for what no doorbell tells
 
 _leaving: set[asyncio.Task] = set()
 
@@ -72,7 +74,8 @@ async def execute(
             await rows(request_cancel, execution=execution, reason="the caller went away")
             run.cancel(execution.cancel_reason)
         raise
-    if run.task.done() and not execution.is_open:
+    settled_here = execution.tried[-1].outcome != AttemptOutcome.OPEN  # else somebody else has ended it
+    if run.task.done() and not execution.is_open and settled_here:
         return execution_shape(execution, events=run.events, attempts=execution.tried, egress=run.egress)
     return await rows(_shape, execution.pk)
 
@@ -89,17 +92,18 @@ async def _left(beginning: asyncio.Future[tuple[Execution, Run | None]]) -> None
 async def wait(execution: Execution, wait_seconds: float | None) -> ExecutionShape:
     """Its shape at the end, or after `wait_seconds`, also when another process runs it."""
     ends = None if wait_seconds is None else time.monotonic() + wait_seconds
-    while execution.is_open and (ends is None or time.monotonic() < ends):
-        if here := running(execution.pk):
-            left = None if ends is None else max(0, ends - time.monotonic())
-            assert here.task is not None
-            await asyncio.wait({here.task}, timeout=left)
-        else:
-            left = 1.0 if ends is None else min(1.0, max(0.01, ends - time.monotonic()))
-            async with journal.Doorbell(execution.pk) as bell:
-                await bell.wait(left)
-        await rows(execution.refresh_from_db)
-    return await rows(_shape, execution.pk)
+    if execution.is_open and wait_seconds != 0:
+        async with journal.Doorbell(execution.pk) as bell:
+            await surely(execution.refresh_from_db)
+            while execution.is_open and (ends is None or time.monotonic() < ends):
+                left = None if ends is None else max(0.01, ends - time.monotonic())
+                if here := running(execution.pk):
+                    assert here.task is not None
+                    await asyncio.wait({here.task}, timeout=left)
+                else:
+                    await bell.wait(LOOK_SECONDS if left is None else min(LOOK_SECONDS, left))
+                await surely(execution.refresh_from_db)
+    return await surely(_shape, execution.pk)
 
 
 def _shape(execution_id: str) -> ExecutionShape:

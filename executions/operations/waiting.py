@@ -99,15 +99,10 @@ async def serve() -> None:
 
 async def _hear() -> None:
     """Look whenever another process rings; without a doorbell that works the rounds go on all the same."""
-    while True:
-        try:
-            async with journal.Doorbell(QUEUE) as bell:
-                while True:
-                    if await bell.wait(60):
-                        nudge()
-        except Exception as e:
-            log.warning("doorbell_unheard", extra={"error": type(e).__name__})
-            await asyncio.sleep(1)
+    async with journal.Doorbell(QUEUE) as bell:
+        while True:
+            if await bell.wait(60):
+                nudge()
 
 
 def stop_taking() -> None:

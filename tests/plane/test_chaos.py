@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import time_machine
 from asgiref.sync import async_to_sync
-from django.db import connection
+from django.db import InterfaceError, OperationalError, connection
 from django.utils import timezone
 
-from executions import backends, faults, invariants, operations
+from executions import backends, errors, faults, hop, invariants, journal, operations
 from executions.errors import BackendUnavailable
 from executions.hop import rows
 from executions.models import Execution, IllegalTransition, Sandbox, Transition
@@ -189,3 +192,125 @@ def test_one_row_that_cannot_be_closed_does_not_hold_up_the_others(caller):
     adds_up(but="owned")
     async_to_sync(operations.reap)()
     assert not Execution.objects.open().exists()
+
+
+# A database that is away for a moment
+
+
+def fails(monkeypatch, owner, name: str, times: int = 2, when=lambda *_: True) -> list[str]:
+    """What it does is done, and nobody hears of it: the connection is lost, so many times."""
+    real, failed = getattr(owner, name), list[str]()
+
+    def lost(*args, **kwargs):
+        done = real(*args, **kwargs)
+        if len(failed) < times and when(*args):
+            failed.append(name)
+            raise OperationalError("server closed the connection unexpectedly")
+        return done
+
+    monkeypatch.setattr(owner, name, lost)
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when"),
+    [
+        pytest.param(Execution, "advance", lambda *_: True, id="before it is known to run"),
+        pytest.param(journal, "write", lambda *_: True, id="while it runs"),
+        pytest.param(faults, "point", lambda name: name == "settling", id="as it ends"),
+        pytest.param(run.Run, "_write", lambda *_: True, id="once its output was written"),
+        pytest.param(run.Run, "_settle", lambda *_: True, id="once its end was written"),
+    ],
+)
+@pytest.mark.django_db(transaction=True)
+async def test_a_run_survives_a_database_that_is_away_for_a_moment(caller, monkeypatch, owner, name, when):
+    monkeypatch.setattr(hop, "AGAIN_SECONDS", 0.01)
+    failed = fails(monkeypatch, owner, name, when=when)
+    code = "#> first\n#~ 0.3\n#> last\n#= 7"
+
+    told = await operations.execute(caller=caller, request=asks(code))
+
+    assert failed
+    assert (told.state, told.logs.stdout, told.results) == ("succeeded", "first\nlast\n", [{"text/plain": "7"}])
+    assert await rows(lambda: [e.kind for e in journal.read(told.id)]) == ["stdout", "stdout", "result"]
+    assert [attempt.outcome for attempt in told.attempts] == ["ran"]
+    assert not await Sandbox.objects.open().aexists()
+    await rows(adds_up)
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_database_that_stays_away_ends_the_run_by_its_name(caller, monkeypatch):
+    monkeypatch.setattr(hop, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(hop, "PATIENCE_SECONDS", 0.05)
+    fails(
+        monkeypatch, journal, "write", times=1000, when=lambda batch: bool(batch) and batch[0].data["text"] == "first\n"
+    )
+
+    told = await operations.execute(caller=caller, request=asks("#> first\n#~ 5"))
+
+    assert (told.state, told.error_code) == ("errored", "database_away")
+
+
+def because(name: str) -> OperationalError:
+    """As Django tells an error of SQLite's."""
+    cause = sqlite3.OperationalError()
+    cause.sqlite_errorname = name
+    error = OperationalError()
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (because("SQLITE_FULL"), 507, "storage_full"),
+        (because("SQLITE_IOERR_WRITE"), 507, "storage_full"),  # as a quota of a folder says it
+        (because("SQLITE_BUSY"), 503, "database_away"),
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "storage_full"),
+        (OperationalError("connection failed"), 503, "database_away"),
+        (InterfaceError("connection already closed"), 503, "database_away"),
+        (ValueError("a mistake of ours"), 500, "internal"),
+    ],
+)
+def test_what_nobody_expected_says_whether_it_is_the_disk_or_the_database(error, status, code):
+    said = errors.ours(error).problem()
+
+    assert (said["status"], said["code"]) == (status, code)
+    assert ("retry_after" in said) == (status != 500)
+
+
+# A doorbell that is out of order
+
+
+class Deaf:
+    """A channel layer that is gone, or hangs."""
+
+    def __init__(self, hangs: bool) -> None:
+        self.hangs, self.asked = hangs, 0
+
+    def __getattr__(self, name: str):
+        async def gone(*_):
+            self.asked += 1
+            if self.hangs:
+                await asyncio.Event().wait()
+            raise ConnectionError
+
+        return gone
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.django_db(transaction=True)
+async def test_a_doorbell_that_is_out_of_order_holds_up_no_run_and_is_spared_for_a_while(caller, monkeypatch, hangs):
+    layer = Deaf(hangs)
+    monkeypatch.setattr(journal, "get_channel_layer", lambda: layer)
+    monkeypatch.setattr(journal, "RING_SECONDS", 0.05)
+    monkeypatch.setattr(journal, "SILENT_SECONDS", 1000)
+    monkeypatch.setattr(journal, "_silent_until", 0.0)
+
+    told = [await operations.execute(caller=caller, request=asks("#> a\n#~ 0.2\n#> b")) for _ in range(2)]
+    async with journal.Doorbell(told[0].id) as bell:
+        rang = await bell.wait(0.01)
+
+    assert [one.state for one in told] == ["succeeded", "succeeded"]
+    assert rang is False
+    assert layer.asked == 2  # one ring of at least four, and the bell
