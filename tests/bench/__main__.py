@@ -97,14 +97,21 @@ async def governed(port: int, key: str, database: str) -> None:
 
 def allow_much(data: Path, database: str) -> None:
     """Ceilings that a load test does not reach; they stay in force and are paid for."""
+    at_the_shell(data, database, "from executions.models import Quota; Quota.objects.update(limit=10**15)")
+
+
+def test_key(data: Path, database: str) -> str:
+    """Of the same agent, bound to the scripted backend."""
+    bound = "team=key.team, agent=key.agent, name='test', backend='scripted'"
+    code = f"from executions import keys, models; key = models.ApiKey.objects.get(); print(keys.make_key({bound})[1])"
+    return at_the_shell(data, database, code)
+
+
+def at_the_shell(data: Path, database: str, code: str) -> str:
+    """What it prints."""
+    argv = [sys.executable, "-W", "ignore", "manage.py", "shell", "--no-imports", "-c", code]
     env = environment(data, 1, None, DATABASE_URL=database)
-    code = "from executions.models import Quota; Quota.objects.update(limit=10**15)"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "manage.py", "shell", "--no-imports", "-c", code],
-        cwd=HOME,
-        env=env,
-        check=True,
-    )
+    return subprocess.run(argv, cwd=HOME, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def local_runtime(python: Path) -> None:
@@ -154,7 +161,8 @@ def at_once(python: Path) -> None:
         product = start(data, servers.free_port(), python, **more)
         try:
             allow_much(data, database)
-            asyncio.run(crowd.figures(int(product.url.rsplit(":", 1)[1]), product.key, product.process.pid))
+            port, clients = int(product.url.rsplit(":", 1)[1]), test_key(data, database)
+            asyncio.run(crowd.figures(port, product.key, clients, product.process.pid))
         finally:
             servers.end(product.process)
 
