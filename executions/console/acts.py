@@ -20,7 +20,9 @@ from executions.errors import Forbidden, Invalid, NotFound
 from executions.hop import rows
 from executions.keys import Caller
 from executions.models import ApiKey
-from executions.serializers import SessionRequest, parse
+from executions.operations.batch import again
+from executions.serializers import SessionRequest, Submission, parse
+from executions.serializers.workflows import RerunRequest
 from executions.states import Scope
 
 
@@ -60,6 +62,25 @@ async def cancel_run(request: MemberRequest, execution_id: str) -> HttpResponse:
     execution = await rows(find_run, request.caller, execution_id)
     await operations.cancel(execution=execution, caller=request.caller)
     return redirect(f"/runs/{execution_id}")
+
+
+@member
+@require_POST
+async def rerun(request: MemberRequest, execution_id: str) -> HttpResponse:
+    """The same once more, in a fresh sandbox, on the backend that was chosen; a form that is sent twice is one run."""
+
+    def who_and_what() -> tuple[Caller, Submission]:
+        request.caller.needs(Scope.RUN)
+        asked = {"route": [chosen]} if (chosen := request.POST.get("route")) else {}
+        run = find_run(request.caller, execution_id)
+        return request.caller, again(run, parse(RerunRequest, asked))
+
+    once = request.POST.get("once", "")[:64]
+    token = (
+        f"{once} {request.POST.get('route', '')}"[:100] if once else None
+    )  # going back to choose another is another run
+    shape = await operations.execute(caller=who_and_what, idempotency_key=token, wait_seconds=0)
+    return redirect(f"/runs/{shape.id}")
 
 
 @never_cache  # the page that shows a new key once

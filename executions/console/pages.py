@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -12,13 +13,13 @@ from django.utils import timezone
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 
-from executions import audit, backends, demand, newest, quotas
+from executions import audit, backends, demand, newest, quotas, routes
 from executions.console.copies import copies, curl
 from executions.console.frame import EXAMPLE, MemberRequest, agents_of, key_of, member, page, spend_today
 from executions.console.tags import agent_name
 from executions.costs import usd
 from executions.egress import words
-from executions.errors import NotFound
+from executions.errors import NotFound, SandgateError
 from executions.keys import Caller
 from executions.models import Agent, Execution, Quota, Sandbox, Template
 from executions.operations import artifacts_of, find_session
@@ -186,7 +187,29 @@ def run(request: MemberRequest, execution_id: str) -> HttpResponse:
         usage=found.usage.order_by("id"),
         timeline=timeline(found),
         copies=copies(found),
+        places=places(request.caller, found) if found.ended_at else [],
+        once=secrets.token_hex(16),
     )
+
+
+def places(caller: Caller, run: Execution) -> list[tuple[str, str]]:
+    """(backend, why it cannot run there) of each where this person may run it again; empty: they may not."""
+    try:
+        caller.needs(Scope.RUN)
+        acting = caller.acting_as(run.agent_id)
+    except SandgateError:
+        return []
+    return [(alias, _unfit(acting, run, alias)) for alias in backends.aliases()]
+
+
+def _unfit(caller: Caller, run: Execution, alias: str) -> str:
+    network = run.sandbox.network_allow if run.sandbox else None
+    try:
+        routes.plan(caller, asked=[alias], language=run.language, commands=run.command, network=network)
+    except SandgateError as refused:
+        skipped = refused.facts.get("skipped") or [[alias, refused.detail]]
+        return str(skipped[0][1])
+    return ""
 
 
 def timeline(run: Execution) -> dict[str, Any]:

@@ -22,6 +22,7 @@ urlpatterns = [
     path("runs/<str:execution_id>/output.txt", pages.output),
     path("runs/<str:execution_id>/frames/<int:seq>", pages.frame),
     path("runs/<str:execution_id>/cancel", acts.cancel_run),
+    path("runs/<str:execution_id>/rerun", acts.rerun),
     path("usage", pages.usage),
     path("keys", acts.api_keys),
     path("keys/<str:key_id>/revoke", acts.revoke_key),

@@ -114,6 +114,32 @@ def test_a_run_is_found_again_by_its_address_and_by_its_text(session: Page):
     session.go_back()
 
 
+def test_a_run_is_run_again_by_keyboard_alone_in_a_fresh_sandbox(session: Page):
+    run(session, "print('a' in globals()); a = 1")
+    expect(session.locator(".state.succeeded")).to_be_visible()
+    there = session.url
+    session.get_by_role("link", name="run", exact=True).click()
+    first, where = session.url, session.get_by_label("Where to run it again")
+    again = session.get_by_role("button", name="Run again")
+    expect(again).to_have_accessible_description(
+        re.compile("in a fresh sandbox. It is a run of its own and is charged")
+    )
+
+    where.focus()
+    session.keyboard.type("on local")
+    expect(where).to_have_value("local")
+    session.keyboard.press("Tab")
+    expect(again).to_be_focused()
+    session.keyboard.press("Enter")
+
+    session.wait_for_url(lambda url: "/runs/" in url and url != first)
+    expect(session.locator("#run-state")).to_have_text("succeeded")
+    expect(session.get_by_role("log")).to_have_text("False")
+    session.get_by_role("link", name=first.rpartition("/")[2]).click()
+    expect(session).to_have_url(first)
+    session.goto(there)
+
+
 def test_cells_and_their_output_are_there_after_a_reload(session: Page):
     run(session, "print('still here')", "Shift+Enter")
     expect(session.locator(".state.succeeded")).to_be_visible()

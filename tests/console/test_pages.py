@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import timedelta
 
 import pytest
@@ -11,9 +12,20 @@ from django.conf import settings as live
 from django.test import Client
 from django.utils import timezone
 
-from executions import backends, keys, store
+from executions import backends, breaker, keys, store
 from executions.backends.base import SandboxSpec
-from executions.models import ApiKey, Artifact, AuditEvent, BackendState, Egress, Event, Execution, Sandbox, Template
+from executions.models import (
+    Agent,
+    ApiKey,
+    Artifact,
+    AuditEvent,
+    BackendState,
+    Egress,
+    Event,
+    Execution,
+    Sandbox,
+    Template,
+)
 from executions.states import ExecutionState, SandboxState
 
 pytestmark = pytest.mark.django_db
@@ -306,8 +318,6 @@ def test_lists_cost_a_constant_number_of_queries(ada, run, team, django_assert_m
 
 
 def test_a_banner_says_which_backend_is_out_since_when_and_what_happens_now(ada, settings):
-    from executions import breaker
-
     scripted = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}
     settings.SANDBOXES = {"e2b": scripted, "local": scripted}
     client = as_(ada)
@@ -320,3 +330,35 @@ def test_a_banner_says_which_backend_is_out_since_when_and_what_happens_now(ada,
     BackendState.objects.update(retry_at=timezone.now())
     breaker.answered("e2b", breaker.claim("e2b"), "")
     assert b"is out since" not in client.get("/").content
+
+
+@pytest.fixture
+def places(settings, run) -> None:
+    """Two backends: `near`, which can take the run, and `far`, which is out."""
+    one = {"BACKEND": "executions.backends.scripted.ScriptedBackend", "OPTIONS": {}}
+    settings.SANDBOXES = {"far": one, "near": one}
+    Agent.objects.filter(pk=run.agent_id).update(isolation_floor="none", route=["near"])
+    breaker.failed("far", "503 from far", began=timezone.now(), retry_after=60)
+
+
+def test_a_run_is_run_again_where_its_owner_chose_and_once_though_the_form_is_sent_twice(ada, run, places):
+    page = as_(ada).get(f"/runs/{run.pk}").content.decode()
+    once = re.search(r'name="once" value="(\w+)"', page)[1]
+    answers = [as_(ada).post(f"/runs/{run.pk}/rerun", {"route": "near", "once": once}) for _ in range(2)]
+    other = as_(ada).post(f"/runs/{run.pk}/rerun", {"route": "", "once": once})
+
+    assert '<option value="near">on near</option>' in page
+    assert re.search(r'<option value="far" disabled>on far: out since [^<]*503 from far', page)
+    assert [answer.status_code for answer in answers] == [302, 302]
+    assert answers[0]["Location"] == answers[1]["Location"]
+    assert (other.status_code, other["Location"] != answers[0]["Location"]) == (302, True)
+    again = Execution.objects.get(pk=answers[0]["Location"].removeprefix("/runs/"))
+    assert again.parent == run
+    assert (answers[0]["Location"], again.code, again.route) == (f"/runs/{again.pk}", run.code, ["near"])
+    assert f'href="/runs/{run.pk}"' in as_(ada).get(f"/runs/{again.pk}").content.decode()
+
+
+def test_a_run_is_run_again_by_nobody_who_may_not(bob, eve, run, places):
+    assert "/rerun" not in as_(bob).get(f"/runs/{run.pk}").content.decode()
+    assert [as_(person).post(f"/runs/{run.pk}/rerun").status_code for person in (bob, eve)] == [403, 404]
+    assert not Execution.objects.filter(parent=run).exists()
