@@ -10,6 +10,7 @@ from typing import Any
 from executions.costs import NANO
 
 SERIES = ("--sg-chart-1", "--sg-chart-2", "--sg-chart-3", "--sg-chart-4")
+CENTS_FROM = NANO // 20  # five ticks, a cent each
 TICKS = {"color": "#7c7c88", "autoSkip": True, "maxRotation": 0}
 
 
@@ -42,7 +43,14 @@ def table(rows: list[Any], found: Iterable[tuple[Any, str, int]], columns: Itera
 def spend(data: Table) -> dict[str, str]:
     """Dollars a day, stacked by backend."""
     colours = [SERIES[n % len(SERIES)] for n in range(len(data.columns))]
-    return _stacked(data, [f"{day:%b} {day.day}" for day in data.rows], colours, NANO)
+    return _stacked(data, [f"{day:%b} {day.day}" for day in data.rows], colours, NANO, _dollars(data))
+
+
+def _dollars(data: Table) -> dict[str, Any]:
+    """How Intl.NumberFormat writes the axis and the hints: cents, or four digits that count where cents would be all zero."""
+    cents = max(map(sum, data.cells), default=0) >= CENTS_FROM
+    digits = {"minimumFractionDigits": 2, "maximumFractionDigits": 2} if cents else {"maximumSignificantDigits": 4}
+    return {"style": "currency", "currency": "USD", "currencyDisplay": "narrowSymbol", "notation": "standard", **digits}
 
 
 def runs(data: Table) -> dict[str, str]:
@@ -52,7 +60,9 @@ def runs(data: Table) -> dict[str, str]:
     )
 
 
-def _stacked(data: Table, labels: list[str], colours: list[str], unit: int) -> dict[str, str]:
+def _stacked(
+    data: Table, labels: list[str], colours: list[str], unit: int, numbers: dict[str, Any] | None = None
+) -> dict[str, str]:
     datasets = [
         {
             "label": name.replace("_", " "),
@@ -79,7 +89,7 @@ def _stacked(data: Table, labels: list[str], colours: list[str], unit: int) -> d
             "y": {
                 **scale,
                 "beginAtZero": True,
-                "ticks": {**TICKS, "precision": None if unit > 1 else 0, "maxTicksLimit": 5},
+                "ticks": {**TICKS, "precision": None if unit > 1 else 0, "maxTicksLimit": 5, "format": numbers or {}},
             },
         },
     }

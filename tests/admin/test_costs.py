@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from datetime import timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 
 import pytest
@@ -14,6 +14,7 @@ from django.db.models import Sum
 from django.urls import reverse
 from django.utils import timezone
 
+from executions.admin import charts
 from executions.models import Agent, AuditEvent, ProviderCharge, Usage
 from executions.reports.exports import harmless
 from tests.admin.conftest import a_cost, a_sandbox
@@ -209,3 +210,15 @@ def test_who_may_not_see_usage_sees_neither_report_nor_bills(client, ada):
     client.force_login(ada)
 
     assert [client.get(reverse(name)).status_code for name in (ADDRESS, BILLS)] == [403, 403]
+
+
+@pytest.mark.parametrize(
+    ("nano_usd", "digits"),
+    [(400, {"maximumSignificantDigits": 4}), (3_000_000_000, {"minimumFractionDigits": 2, "maximumFractionDigits": 2})],
+)
+def test_the_charts_axis_is_in_dollars_and_never_in_powers_of_ten(nano_usd, digits):
+    chart = charts.spend(charts.table([date(2026, 11, 1)], [(date(2026, 11, 1), "local", nano_usd)]))
+    said = json.loads(chart["options"])["scales"]["y"]["ticks"]["format"]
+
+    assert (said.pop("style"), said.pop("currency"), said.pop("notation")) == ("currency", "USD", "standard")
+    assert {name: value for name, value in said.items() if "Digits" in name} == digits
