@@ -30,7 +30,8 @@ def _test(request: HttpRequest, found: list[Webhook], reason: str) -> str:
     for webhook in found:
         tested = async_to_sync(webhooks.try_out)(webhook)
         write_down(request, "webhook_tested", webhook, after=tested.facts(), reason=reason)
-        told.append(f"{webhook}: {tested.error or f'taken, with {tested.status}, in {tested.took_ms:.0f} ms'}")
+        what = f"not taken: {tested.error}" if tested.error else f"taken, with {tested.status}"
+        told.append(f"{webhook}: {what} ({tested.took_ms:.0f} ms).")
     return " ".join(told)
 
 
@@ -89,7 +90,7 @@ def _waits(found: list[Webhook]) -> str:
 
 TEST = Lever(
     "test",
-    "Send a test message",
+    "Send a test",
     "send",
     applies=lambda rows: rows,
     consequence=lambda rows: (
@@ -100,7 +101,7 @@ TEST = Lever(
 )
 RESEND_DEAD = Lever(
     "resend_dead",
-    "Send dead messages again",
+    "Resend dead ones",
     "replay",
     applies=lambda rows: rows.filter(is_active=True, deliveries__state=DeliveryState.DEAD).distinct(),
     consequence=lambda rows: (
@@ -141,7 +142,7 @@ ON = Lever(
 )
 ROTATE = Lever(
     "rotate",
-    "Give it a new secret",
+    "New secret",
     "key",
     applies=lambda rows: rows,
     consequence=lambda rows: (
@@ -224,7 +225,7 @@ class DeliveryPage(RecordPage):
     list_select_related = ["webhook", "transition"]
     search_fields = ["id__startswith", "execution__id__startswith", "webhook__id__startswith"]
     search_help_text = "The id of a delivery, an execution or a webhook, from its beginning."
-    ordering = ["-id"]
+    ordering = ["-transition_id"]
     paginator = InfinitePaginator
     actions = ["resend"]
     actions_detail = ["resend"]

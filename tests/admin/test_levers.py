@@ -248,7 +248,7 @@ def test_a_test_message_of_a_webhook_says_what_came_back(office, told):
 
     said = select(office, "webhook", "test", told, reason="does it listen").content.decode()
 
-    assert "10.0.0.1 is not public" in said
+    assert "not taken: 10.0.0.1 is not public" in said
     assert audited("webhook_tested").after["status"] is None
 
 
