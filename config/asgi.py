@@ -29,7 +29,7 @@ pages = ASGIStaticFilesHandler(django)
 class InPlace(Executor):
     """Does at once, on the loop's own thread, what it is given."""
 
-    def submit(self, fn, /, *args, **kwargs):  # type: ignore[override]
+    def submit(self, fn, /, *args, **kwargs):
         done: Future = Future()
         try:
             done.set_result(fn(*args, **kwargs))

@@ -374,8 +374,8 @@ class Run:
                 outcome = AttemptOutcome.LOST if self._ran else AttemptOutcome.UNAVAILABLE
                 return E.ERRORED, {"error_code": e.code, "error_value": e.detail}, outcome
         log.error("run_failed", exc_info=e, extra={"execution_id": self.execution.pk})
-        said = errors.ours(e, type(e).__name__)
-        return E.ERRORED, {"error_code": said.code, "error_value": said.detail}, AttemptOutcome.LOST
+        ours = errors.ours(e, type(e).__name__)
+        return E.ERRORED, {"error_code": ours.code, "error_value": ours.detail}, AttemptOutcome.LOST
 
     @property
     def _ran(self) -> bool:
