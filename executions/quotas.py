@@ -81,7 +81,7 @@ def _told_apart(found: list[Quota], caller: Caller) -> list[Quota]:
     changed = {
         quota.pk: {name: value for name in FOLLOWED if (value := getattr(parent, name)) != getattr(quota, name)}
         for quota in own
-        if (parent := parents.get(quota.parent_id))
+        if (parent := parents.get(quota.parent_id or 0))
     }
     if any(changed.values()):
         held([quota.pk for quota in own])
