@@ -171,6 +171,11 @@ class ApiKey(models.Model):
         return f"{self.name} (sg_{self.public}…)"
 
     @property
+    def has_secret(self) -> bool:
+        """Not so where it stands for what a person's OAuth client does: that one shows tokens of its own."""
+        return bool(self.digest)
+
+    @property
     def is_live(self) -> bool:
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > timezone.now())
 

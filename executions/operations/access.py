@@ -154,6 +154,12 @@ def rotate_key(*, caller: Caller, key_id: str, overlap_seconds: int) -> tuple[Ap
     old = ApiKey.objects.select_for_update(of=("self",)).select_related("agent", "created_by").get(pk=found.pk)
     if not old.is_live:
         raise Conflict(f"Key {old.name} has expired or was revoked: make a new one.", key_id=old.pk)
+    if not old.has_secret:
+        raise Conflict(
+            f"Key {old.name} stands for a client that signs in by OAuth; it has no secret that could be rotated.",
+            key_id=old.pk,
+            remedy="Revoke it to end that client's access, or make a key for a program of yours.",
+        )
     alike = ("team", "agent", "name", "scopes", "backend", "allow_from", "created_by")
     new = ApiKey(**{name: getattr(old, name) for name in alike})
     if old.expires_at:

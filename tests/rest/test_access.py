@@ -100,6 +100,27 @@ async def test_a_refused_write_may_be_tried_again_under_the_same_idempotency_key
     assert (refused.status_code, made.status_code) == (404, 201)
 
 
+@pytest.fixture
+def of_oauth(agent) -> ApiKey:
+    """The row that stands for what a person's client does, as it is made when that first signs in."""
+    fields = {"team": agent.team, "agent": agent, "name": "OAuth: Chat", "scopes": Scope.values}
+    return ApiKey.objects.create(public="0123456789abcdef", **fields)
+
+
+async def test_what_stands_for_an_oauth_client_is_no_key_to_rotate_but_can_be_revoked(call, team_key, of_oauth):
+    where = f"{KEYS}/{of_oauth.pk}"
+    refused = await call("POST", f"{where}/rotate", {"overlap_seconds": 0}, token=team_key)
+    untouched = await ApiKey.objects.aget(pk=of_oauth.pk)
+    revoked = await call("DELETE", where, token=team_key)
+
+    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    assert "signs in by OAuth" in refused.json()["detail"]
+    assert untouched.is_live
+    assert not await ApiKey.objects.filter(name="OAuth: Chat").exclude(pk=of_oauth.pk).aexists()
+    assert revoked.status_code == 204
+    assert not (await ApiKey.objects.aget(pk=of_oauth.pk)).is_live
+
+
 async def test_a_rotated_key_works_beside_the_old_one_until_the_overlap_is_over(call, team_key):
     old = (await call("POST", KEYS, {"name": "ci", "agent": "etl"}, token=team_key)).json()
     new = (await call("POST", f"{KEYS}/{old['id']}/rotate", {"overlap_seconds": 600}, token=team_key)).json()
