@@ -46,6 +46,7 @@ class Caller:
     user: str = ""  # the end user and the workflow of one request: quotas may name them
     workflow: str = ""
     max_nano_usd: int | None = None  # the most that what is asked for may cost
+    has_waited: bool = False  # and it is its turn: others who wait do not come first
 
     def needs(self, scope: str) -> None:
         """Raises Forbidden without the scope."""

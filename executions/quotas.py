@@ -17,8 +17,8 @@ from django.utils import timezone
 from executions.costs import usd
 from executions.errors import BudgetExhausted, QuotaExceeded, Refused
 from executions.keys import Caller
-from executions.models import Artifact, LedgerEntry, Quota, Sandbox, hot
-from executions.states import Unit, WhenExhausted, Window
+from executions.models import Artifact, Execution, LedgerEntry, Quota, Sandbox, hot
+from executions.states import ExecutionState, Unit, WhenExhausted, Window
 
 R = TypeVar("R", bound=Refused)
 CONCURRENT: dict[str, str] = {Unit.CONCURRENT_EXECUTIONS: "execution", Unit.CONCURRENT_SANDBOXES: "sandbox"}
@@ -258,6 +258,8 @@ def take(
         _begin_window(quota, zone, now)
         if not (needed := ask.of(quota)):
             continue
+        if executions and not caller.has_waited and quota.when_exhausted == WhenExhausted.WAIT:
+            _leave_to_others(quota, needed, now)
         used, aside = quota.used + needed, quota.reserved
         match quota.unit:
             case Unit.CONCURRENT_EXECUTIONS | Unit.CONCURRENT_SANDBOXES | Unit.BYTES_STORED:
@@ -350,6 +352,23 @@ def _scope(quota: Quota) -> dict[str, str]:
     owner = next((s for s in ("key", "agent", "team") if getattr(quota, f"{s}_id")), None)
     found = {f"{owner}_id": getattr(quota, f"{owner}_id")} if owner else {}
     return found | {name: getattr(quota, name) for name in ("user", "workflow", "backend") if getattr(quota, name)}
+
+
+def _leave_to_others(quota: Quota, needed: int, now: datetime) -> None:
+    """Whoever comes later leaves what there is room for to those who wait. Raises QuotaExceeded where nothing is left then."""
+    scope = {name: value for name, value in _scope(quota).items() if name != "backend"}  # they have none yet
+    waiting = Execution.objects.open().filter(heartbeat_at__isnull=True, state=ExecutionState.QUEUED, **scope).count()
+    if not waiting:
+        return
+    limit, used, aside = ceiling(quota, now), in_use(quota), reserved(quota)
+    if used + aside + needed * (waiting + 1) <= limit:
+        return
+    refusal = QuotaExceeded(
+        f"{waiting:,} wait{'s' if waiting == 1 else ''} already for {quota.scope_name}, {quota.get_unit_display().lower()}{_per(quota)}.",
+        unit=quota.unit, limit=limit, used=used, reserved=aside, needed=needed,
+        remaining=max(0, limit - used - aside), retry_after=LATER_SECONDS,
+    )  # fmt: skip
+    raise _by(quota, refusal)
 
 
 def _take_open(quota: Quota, asked: int, now: datetime) -> int:

@@ -203,7 +203,7 @@ def begin(execution_id: str) -> Execution | None:
         execution = still.filter(state=E.QUEUED).select_related("team", "agent__template", "key", "actor").first()
         if execution is None:
             return None
-        caller = caller_of(execution).acting_as(None)
+        caller = replace(caller_of(execution).acting_as(None), has_waited=True)
         if caller.key is not None and not caller.key.is_live:
             raise Forbidden("The key that asked for it has expired or was revoked while it waited.")
         path, fields, route = _place(caller, execution, Wish(**execution.wish))

@@ -147,6 +147,24 @@ def test_a_crowd_that_came_first_gets_every_other_turn_not_all_of_them(caller, m
     assert started == [late[0], crowd[0], late[1], crowd[1], late[2], crowd[2]]
 
 
+@pytest.mark.django_db(transaction=True)
+def test_whoever_comes_when_a_place_is_free_leaves_it_to_those_who_wait(caller):
+    quota = one_at_a_time(caller, limit=2)
+    running = [operations.submit(caller=caller, request=asks()) for _ in range(2)]
+    first = operations.submit(caller=caller, request=asks())
+    end(running[0])
+
+    second = operations.submit(caller=caller, request=asks())
+    ((begun,), _, left) = waiting._next_ones()
+
+    assert second.state == E.QUEUED
+    assert second.waits_for == "1 waits already for team Engines, concurrent executions."
+    assert (begun.pk, left) == (first.pk, 1)
+    quota.limit = 4  # enough for all
+    quota.save()
+    assert operations.submit(caller=caller, request=asks()).state == E.STARTING
+
+
 @pytest.mark.django_db
 def test_one_that_has_waited_too_long_ends_with_the_reason(caller):
     one_at_a_time(caller, max_wait_seconds=30)
