@@ -133,8 +133,7 @@ async def _stream(execution: Execution, seen: int):
             if batch:
                 continue
             if not open_before:
-                head = await rows(_head, execution.pk)
-                yield f"event: end\ndata: {head.model_dump_json()}\n\n"
+                yield f"event: end\ndata: {await _last_look(execution.pk)}\n\n"
                 return
             pause = journal.until_the_next_look()
             if not await bell.wait(pause):
@@ -145,5 +144,18 @@ async def _stream(execution: Execution, seen: int):
             await asyncio.sleep(0)
 
 
-def _head(execution_id: str) -> ExecutionShape:
-    return execution_head(Execution.objects.select_related("agent", "sandbox", "actor").get(pk=execution_id))
+_last_looks: dict[tuple[int, str], asyncio.Task[str]] = {}
+
+
+async def _last_look(execution_id: str) -> str:
+    """An ended run's head as JSON; those who see it end at the same moment share one look, as they did before."""
+    key = (id(asyncio.get_running_loop()), execution_id)
+    if key not in _last_looks:
+        _last_looks[key] = asyncio.create_task(rows(_head, execution_id))
+        _last_looks[key].add_done_callback(lambda _: _last_looks.pop(key))
+    return await asyncio.shield(_last_looks[key])
+
+
+def _head(execution_id: str) -> str:
+    found = Execution.objects.select_related("agent", "sandbox", "actor").get(pk=execution_id)
+    return execution_head(found).model_dump_json()

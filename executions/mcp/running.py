@@ -77,6 +77,7 @@ async def execute_code(call: Call, asked: ExecuteCode) -> Answer:
     wanted = {
         "code": asked.code,
         "language": asked.language,
+        "session_id": asked.session_id,
         "files": {path: _base64(content) for path, content in asked.files.items()},
         "timeout_seconds": asked.timeout_seconds,
         "max_cost_usd": asked.max_cost_usd,
@@ -89,8 +90,7 @@ async def execute_code(call: Call, asked: ExecuteCode) -> Answer:
     call.caller = replace(call.caller, workflow=asked.workflow)  # its budget pays for the session, too
     if asked.session_id:
         await sessions.keep_open(call.caller, asked.session_id, asked.timeout_seconds)
-        return await _run(call, parse(Submission, wanted | {"session_id": asked.session_id}), asked.idempotency_key)
-    if not asked.keep_session:
+    if asked.session_id or not asked.keep_session:
         return await _run(call, request, asked.idempotency_key)
     session_id = await sessions.open_for(call, request.language, asked.idempotency_key, request.max_cost_usd)
     try:

@@ -191,15 +191,34 @@ def as_protocol_error() -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def over_http(*, caller_of: Callable[[Any], Any]) -> AsyncIterator[Any]:
-    """The ASGI app, while its task group lives. Stateless: any process answers any request."""
-    manager = StreamableHTTPSessionManager(
-        build(caller_of, cancels=False),
-        stateless=True,
-        security_settings=TransportSecuritySettings(enable_dns_rebinding_protection=False),  # the door has looked
-        max_request_body_size=settings.DATA_UPLOAD_MAX_MEMORY_SIZE,
+    """The ASGI app, while its task groups live. Stateless: any process answers any request."""
+    server, most = build(caller_of, cancels=False), settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+    looked = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # by the door
+    streaming, plain = (
+        StreamableHTTPSessionManager(
+            server, stateless=True, json_response=json, security_settings=looked, max_request_body_size=most
+        )
+        for json in (False, True)
     )
-    async with manager.run():
-        yield manager.handle_request
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        """An event stream, with its tasks and buffers, is made for those alone who want to hear of progress."""
+        body, more = bytearray(), True
+        while more and len(body) <= most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        begun = [{"type": "http.request", "body": bytes(body), "more_body": more}]
+
+        async def again() -> Any:
+            return begun.pop() if begun else await receive()
+
+        await (streaming if b"progressToken" in body else plain).handle_request(scope, again, send)
+
+    async with streaming.run(), plain.run():
+        yield handle
 
 
 async def over_stdio(*, caller_of: Callable[[Any], Any]) -> None:

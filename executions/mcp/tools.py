@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from django.conf import settings
 from pydantic import BaseModel
@@ -130,10 +132,14 @@ def seen_by(agent: Agent) -> dict[str, Tool]:
     """The tools that the agent's configuration gives it, with its own titles and descriptions; nothing configured means all."""
     found = {}
     for name, tool in TOOLS.items():
-        if not agent.tools or name in agent.tools:
+        if _has(agent, name):
             own = _configured(agent, name)
             found[name] = replace(tool, **{part: own[part] for part in ("title", "description") if own.get(part)})
     return found
+
+
+def _has(agent: Agent, name: str) -> bool:
+    return name in TOOLS and (not agent.tools or name in agent.tools)
 
 
 def _configured(agent: Agent, name: str) -> dict[str, Any]:
@@ -150,12 +156,12 @@ async def answer(call: Call, name: str, arguments: dict[str, Any]) -> Answer:
     agent = call.caller.agent
     assert agent is not None
     try:
-        tool = seen_by(agent).get(name)
-        if tool is None:
+        if not _has(agent, name):
             known = ", ".join(seen_by(agent))
             raise Invalid(
                 f"Agent {agent.name} has no tool {name!r}; it has {known}.", field="name", remedy="Use one of these."
             )
+        tool = TOOLS[name]
         given = {key: value for key, value in arguments.items() if value is not None}  # models send null for "left out"
         return await tool.answer(call, parse(tool.arguments, _limited(agent, name, tool, given)))
     except SandgateError as e:
@@ -226,7 +232,7 @@ def _network(allow: list[str]) -> str:
 
 def input_schema(name: str, tool: Tool, agent: Agent, offer: dict[str, Any]) -> dict[str, Any]:
     """The arguments, with this agent's languages, times and limits in it."""
-    schema = _bare(tool.arguments.model_json_schema())
+    schema = copy.deepcopy(_schema_of(tool.arguments, "validation"))
     fields = schema["properties"]
     if "language" in fields and offer["languages"]:
         fields["language"]["enum"] = offer["languages"]
@@ -262,8 +268,14 @@ def _narrow(field: dict[str, Any], limit: dict[str, Any], default: Any) -> None:
 
 def output_schema(tool: Tool) -> dict[str, Any]:
     """The tool's shape, or a problem: some clients hold error results to it, too."""
-    shape = _bare(tool.shape.model_json_schema(mode="serialization"))
+    shape = dict(_schema_of(tool.shape, "serialization"))
     return {"type": "object", "anyOf": [shape, PROBLEM], "$defs": shape.pop("$defs", {})}
+
+
+@functools.cache
+def _schema_of(model: type[BaseModel], mode: Literal["validation", "serialization"]) -> dict[str, Any]:
+    """Made once: it takes pydantic milliseconds, and every client asks for all tools' when it connects. Not to be changed."""
+    return _bare(model.model_json_schema(mode=mode))
 
 
 def _bare(schema: Any) -> Any:
