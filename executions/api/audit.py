@@ -26,7 +26,7 @@ COLUMNS = ("seq", "at", "action", "subject", "actor", "key_id", "before", "after
 
 @operation(
     "What people and programs did",
-    gives={200: Many()},
+    gives={200: (Many(), "text/csv")},
     query={name: {"type": "string"} for name in sorted(KNOWN - {"before_seq", "format"})}
     | {"before_seq": {"type": "integer", "minimum": 0}, "format": {"enum": ["json", "csv"], "default": "json"}},
 )

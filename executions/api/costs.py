@@ -35,13 +35,13 @@ MOST_GROUPS = 4
 BATCHES = 2  # of usage rows that an answer may still add up itself
 
 
-@operation("Money, told apart", gives={200: dict}, query=QUERY)
+@operation("Money, told apart", gives={200: (dict, "text/csv")}, query=QUERY)
 async def costs(request: HttpRequest) -> HttpResponse:
     """GET /costs: money, split into run, boot, idle and pool; what has no known price is told apart."""
     return await rows(_answer, request, _cost)
 
 
-@operation("Seconds of sandboxes, told apart", gives={200: dict}, query=QUERY)
+@operation("Seconds of sandboxes, told apart", gives={200: (dict, "text/csv")}, query=QUERY)
 async def usage(request: HttpRequest) -> HttpResponse:
     """GET /usage: seconds, vCPU-seconds and GiB-seconds of sandboxes, the same way told apart."""
     return await rows(_answer, request, _use)

@@ -15,7 +15,7 @@ from executions import operations
 from executions.api.auth import caller_of
 from executions.api.executions import answer, body_of
 from executions.api.once import done_once
-from executions.api.operation import ANY, BYTES, operation
+from executions.api.operation import BYTES, Many, operation
 from executions.api.pages import known_query, listed
 from executions.backends.base import FileInfo
 from executions.downloads import wanted
@@ -33,7 +33,7 @@ TAR = {"type": "string", "enum": ["tar"]}
 
 @operation(
     "Read a file, list a folder, or fetch a folder as a tar",
-    gives={200: ANY, 206: ANY, 416: None},
+    gives={200: (BYTES, "application/x-tar", Many(FileShape)), 206: BYTES, 416: None},
     query={
         "path": PATH,
         "list": {"type": "string", "description": "1: the entries of the folder, as JSON."},

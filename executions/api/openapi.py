@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
@@ -95,10 +96,14 @@ def _operations() -> Iterator[tuple[str, str, Operation]]:
 def _models(one: Operation) -> Iterator[tuple[type[BaseModel], str]]:
     if isinstance(one.body, type):
         yield one.body, "validation"
-    for given in one.gives.values():
+    for given in chain.from_iterable(map(_alternatives, one.gives.values())):
         shape = given.shape if isinstance(given, Many) else given
         if isinstance(shape, type) and issubclass(shape, BaseModel):
             yield shape, "serialization"
+
+
+def _alternatives(given: Any) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)
 
 
 def _described(address: str, method: str, one: Operation, references: dict[Any, Any]) -> dict[str, Any]:
@@ -151,25 +156,30 @@ def _parameter(name: str, place: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(status: int, given: Any, references: dict[Any, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {"description": HTTPStatus(status).phrase, "headers": _header("Request-Id")}
+    if given is None:
+        return said
+    content: dict[str, Any] = {}
+    for one in _alternatives(given):
+        content |= _content(one, references)
+    return said | {"content": content}
+
+
+def _content(given: Any, references: dict[Any, Any]) -> dict[str, Any]:
+    """The schema of an answer by its media type."""
     match given:
-        case None:
-            return said
+        case "*/*":  # also a file that is JSON
+            return {given: {"schema": {}}}
         case str():
-            content: dict[str, Any] = {
-                given: {"schema": {"type": "string"} | ({} if given.startswith("text/") else {"format": "binary"})}
-            }
+            return {given: {"schema": {"type": "string"} | ({} if given.startswith("text/") else {"format": "binary"})}}
         case Many(shape=shape, paged=paged):
             one = references[shape, "serialization"] if shape else {"type": "object"}
             fields: dict[str, Any] = {"results": {"type": "array", "items": one}}
             if paged:
                 fields["next"] = {"type": ["string", "null"], "format": "uri"}
-            content = {
-                "application/json": {"schema": {"type": "object", "properties": fields, "required": ["results"]}}
-            }
+            return {"application/json": {"schema": {"type": "object", "properties": fields, "required": ["results"]}}}
         case _:
             whole = {"type": "object"} if given is dict else references[given, "serialization"]
-            content = {"application/json": {"schema": whole}}
-    return said | {"content": content}
+            return {"application/json": {"schema": whole}}
 
 
 def _problem(status: int, references: dict[Any, Any]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Many:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What the schema says of it; `gives` maps each good status to its shape, to a media type, or to None for no body."""
+    """What the schema says of it; `gives` maps each good status to its shape, to a media type, to a tuple of such
+    alternatives, or to None for no body."""
 
     summary: str
     gives: dict[int, Any]
