@@ -1,6 +1,6 @@
-"""A budget that the provider's own bill obeys, and a quota of three that is never seen at four; on SQLite and PostgreSQL.
+"""A budget that the provider's own bill obeys, a quota of three that is never seen at four, a fair queue; on both databases.
 
-python -m tests.bench.money [ROUNDS [RACES]]      20 and 100, or MONEY_ROUNDS and MONEY_RACES
+python -m tests.bench.money [ROUNDS [RACES [QUEUES]]]      20, 100 and 5, or MONEY_ROUNDS, MONEY_RACES and MONEY_QUEUES
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from tests.product import HOME, Product, environment, start
 CALLERS, BUDGET_NANO_USD = 1000, 1_000_000_000
 DEAR = "dear=32x65536"  # $0.000736 a second: a run of one second and its margin reserve $0.0228, so 43 of them fit
 CODE = "#~ 0.3\n#= 1"
-KILLED_SECONDS = 1.5  # after the first sandbox is alive, at the latest
+KILLED_SECONDS = 4  # after the first sandbox is alive, at the latest
 SEEN_SECONDS = 0.25
 OVER_SECONDS = 90  # from the last answer until the provider has ended all by itself, and all is settled
 RACERS, PROCESSES, LIMIT = 100, 4, 3
+APART_MOST = 0.2  # of the agents' waiting times, the longest over the shortest
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Round:
     charged_nano_usd: int  # by the double's own meter
     booked_nano_usd: int  # by the ledger
     killed_after: float  # seconds of the race
-    answers: Counter[int] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
     most_alive: int = 0
 
 
@@ -94,7 +95,7 @@ def races_for_a_dollar(rounds: int, double: Double, data: Path, database: str, s
 
 def _race(
     product: Product, double: Double, chance: random.Random, again: Callable[[], Product]
-) -> tuple[Product, float, Counter[int], int]:
+) -> tuple[Product, float, Counter[str], int]:
     """All at once; the plane is killed in the midst of it and started again, and who was cut off asks again."""
     with ThreadPoolExecutor(1) as aside:
         calling = aside.submit(asyncio.run, _callers(product, double))
@@ -110,24 +111,24 @@ def _race(
         return product, killed_after, *calling.result()
 
 
-async def _callers(product: Product, double: Double) -> tuple[Counter[int], int]:
-    """How often each status was answered, and how many sandboxes were seen alive at once."""
+async def _callers(product: Product, double: Double) -> tuple[Counter[str], int]:
+    """How often each status and code was answered, and how many sandboxes were seen alive at once."""
     body = {"code": CODE, "route": ["e2b"], "template": "dear", "timeout_seconds": 1}
     raw = request("POST", "/api/v1/executions", key=product.key, body=json.dumps(body).encode())
     host, port = product.url.removeprefix("http://").split(":")
-    answers: Counter[int] = Counter()
+    answers: Counter[str] = Counter()
     most = 0
 
     async def caller() -> None:
         while True:
             try:
                 reader, writer = await asyncio.open_connection(host, int(port))
-                status, _ = await one(reader, writer, raw)
+                status, told = await one(reader, writer, raw)
                 writer.close()
             except (OSError, asyncio.IncompleteReadError):
                 await asyncio.sleep(0.5)
                 continue
-            answers[status] += 1
+            answers[f"{status} {json.loads(told)['code']}" if status >= 400 else str(status)] += 1
             return
 
     async def look() -> None:
@@ -304,31 +305,44 @@ def racers(agent_id: str, count: int) -> None:
 # Both engines
 
 
-def on_one_engine(database: str, data: Path, rounds: int, races: int) -> None:
+def on_one_engine(database: str, data: Path, rounds: int, races: int, queues: int) -> None:
     """Runs with Django set up on that database; tells its figures line by line."""
+    from tests.bench import turns
+
     name = _engine(database)
     with running_double("--template", DEAR) as double:
         told = races_for_a_dollar(rounds, double, data, database)
-    charged = sorted(r.charged_nano_usd for r in told)
-    answered = sum((r.answers for r in told), Counter())
-    print(
-        f"{name}: {rounds} races of {CALLERS} callers for $1.00, the plane killed {min(r.killed_after for r in told):.1f} to "
-        f"{max(r.killed_after for r in told):.1f} s into each, no kill ever answered: the double charged "
-        f"${charged[0] / 1e9:.4f} to ${charged[-1] / 1e9:.4f} (median ${charged[len(charged) // 2] / 1e9:.4f}), "
-        f"the ledger booked at most ${max(r.booked_nano_usd for r in told) / 1e9:.4f}; "
-        f"up to {max(r.most_alive for r in told)} sandboxes alive; answers {dict(sorted(answered.items()))}.",
-        flush=True,
-    )
-    began = time.monotonic()
-    let_in = races_for_a_place(races, os.environ.copy())
-    print(
-        f"{name}: {races} races of {RACERS} calls from {PROCESSES} processes for a quota of {LIMIT}: "
-        f"{min(let_in)} to {max(let_in)} let in, never {LIMIT + 1}; {(time.monotonic() - began) / races:.2f} s each.",
-        flush=True,
-    )
+    if told:
+        charged = sorted(r.charged_nano_usd for r in told)
+        answered = sum((r.answers for r in told), Counter())
+        print(
+            f"{name}: {rounds} races of {CALLERS} callers for $1.00, the plane killed {min(r.killed_after for r in told):.1f} to "
+            f"{max(r.killed_after for r in told):.1f} s into each, no kill ever answered: the double charged "
+            f"${charged[0] / 1e9:.4f} to ${charged[-1] / 1e9:.4f} (median ${charged[len(charged) // 2] / 1e9:.4f}), "
+            f"the ledger booked at most ${max(r.booked_nano_usd for r in told) / 1e9:.4f}; "
+            f"up to {max(r.most_alive for r in told)} sandboxes alive; answers {dict(sorted(answered.items()))}.",
+            flush=True,
+        )
+    if races:
+        began = time.monotonic()
+        let_in = races_for_a_place(races, os.environ.copy())
+        print(
+            f"{name}: {races} races of {RACERS} calls from {PROCESSES} processes for a quota of {LIMIT}: "
+            f"{min(let_in)} to {max(let_in)} let in, never {LIMIT + 1}; {(time.monotonic() - began) / races:.2f} s each.",
+            flush=True,
+        )
+    for waits in turns.queues(queues, data, database) if queues else []:
+        apart = max(waits) / min(waits) - 1
+        each = ", ".join(f"{seconds:.2f}" for seconds in waits)
+        print(
+            f"{name}: {turns.AGENTS} agents came one after the other, {turns.EACH} runs each, for {turns.PLACES} places: "
+            f"they waited {each} s on average, {apart:.1%} apart.",
+            flush=True,
+        )
+        assert apart <= APART_MOST, waits
 
 
-def main(rounds: int, races: int) -> int:
+def main(*counts: str) -> int:
     with ExitStack() as stack:
         sqlite, other = stack.enter_context(servers.folder()), stack.enter_context(servers.folder())
         engines = [(f"sqlite:///{sqlite}/money.sqlite3", sqlite), (stack.enter_context(servers.postgresql()), other)]
@@ -336,7 +350,7 @@ def main(rounds: int, races: int) -> int:
         named = {"SANDGATE_TEMPLATE_PYTHON": os.environ.get("SANDGATE_TEMPLATE_PYTHON", "")}
         running = [
             subprocess.Popen(
-                [*command, database, str(data), str(rounds), str(races)], cwd=HOME,
+                [*command, database, str(data), *counts], cwd=HOME,
                 env=settle_in(database, data) | named, preexec_fn=servers.die_with_parent,
             )
             for database, data in engines
@@ -346,19 +360,17 @@ def main(rounds: int, races: int) -> int:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["engine", database, data, rounds, races]:
+        case ["engine", database, data, *counts]:
             import django
 
             django.setup()
-            on_one_engine(database, Path(data), int(rounds), int(races))
+            rounds, races, queues = map(int, counts)
+            on_one_engine(database, Path(data), rounds, races, queues)
         case ["racers", agent_id, count]:
             import django
 
             django.setup()
             racers(agent_id, int(count))
         case given:
-            rounds, races = (
-                *given,
-                *(os.environ.get(n, d) for n, d in [("MONEY_ROUNDS", "20"), ("MONEY_RACES", "100")][len(given) :]),
-            )
-            sys.exit(main(int(rounds), int(races)))
+            otherwise = [("MONEY_ROUNDS", "20"), ("MONEY_RACES", "100"), ("MONEY_QUEUES", "5")]
+            sys.exit(main(*given, *(os.environ.get(*one) for one in otherwise[len(given) :])))
