@@ -14,14 +14,15 @@ from django.utils.safestring import SafeString
 from unfold.admin import TabularInline
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, BooleanRadioFilter
 from unfold.decorators import display
+from unfold.views import ChangeList
 
 from executions import keys
 from executions.admin import ceilings, filters, levers, show
 from executions.admin.base import ConfigurationPage, RecordInline
-from executions.admin.costs import midnight
 from executions.admin.forms import AgentForm, KeyForm, QuotaForm
 from executions.admin.runs import HEAVY, is_list
-from executions.models import Agent, ApiKey, CostTotal, Execution, Quota, Refusal, Usage
+from executions.models import Agent, ApiKey, CostTotal, Execution, Quota, Refusal
+from executions.reports import spend
 
 
 def spent_today(owner: str) -> Any:
@@ -35,6 +36,28 @@ def spent_today(owner: str) -> Any:
 def open_runs(owner: str) -> Any:
     own = Execution.objects.open().filter(**{owner: OuterRef("pk")}).values(owner)
     return Coalesce(Subquery(own.annotate(total=Count("pk")).values("total")), 0)
+
+
+class NowList(ChangeList):
+    """Agents or teams, with what they run and have spent today: looked up for those shown, and for all only to sort by it."""
+
+    def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet:
+        owner = str(self.opts.model_name)
+        if self.params.get("o"):
+            self.root_queryset = self.root_queryset.annotate(open_runs=open_runs(owner), today=spent_today(owner))
+        return super().get_queryset(request, exclude_parameters)
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        owner, shown = str(self.opts.model_name), list(self.result_list)
+        of_them = {f"{owner}__in": [row.pk for row in shown]}
+        today = {"grain": CostTotal.DAY, "by": CostTotal.ALL, "day": timezone.localdate()}
+        runs = Execution.objects.open().filter(**of_them).order_by().values_list(owner)
+        totals = CostTotal.objects.filter(**of_them, **today).order_by().values_list(owner)
+        running, spent = dict(runs.annotate(Count("pk"))), dict(totals.annotate(Sum("cost_nano_usd")))
+        for row in shown:
+            row.open_runs, row.today = running.get(row.pk, 0), spent.get(row.pk, 0)
+        self.result_list: Any = shown
 
 
 class Ceilings(TabularInline):
@@ -116,6 +139,9 @@ class AgentPage(ConfigurationPage):
         ("Its sessions and files", {"fields": ["pause_after_seconds", "keep_files", "artifact_days"]}),
     ]
 
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return NowList
+
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return ["team", "person"] if obj else ["person"]
 
@@ -132,24 +158,21 @@ class AgentPage(ConfigurationPage):
         live = Q(keys__revoked_at=None) & (Q(keys__expires_at=None) | Q(keys__expires_at__gt=timezone.now()))
         return found.annotate(
             live=Count("keys", filter=live, distinct=True),
-            open_runs=open_runs("agent"),
-            today=spent_today("agent"),
         )
 
     def change_view(
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
     ) -> HttpResponse:
-        hour, since = filters.PERIODS["hour"][1], midnight()
-        spent = Usage.objects.filter(agent=object_id, at__gte=since).aggregate(total=Sum("cost_nano_usd"))["total"]
+        hour, agent = filters.PERIODS["hour"][1], Agent.objects.filter(pk=object_id).first()
         refused = Refusal.objects.filter(agent=object_id, last_at__gte=timezone.now() - hour)
         now = {
-            "today": spent or 0,
+            "today": spend.today(agent=agent) if agent else 0,
             "running": Execution.objects.open().filter(agent=object_id).count(),
             "refused": refused.aggregate(times=Sum("times"))["times"] or 0,
             "recent": Execution.objects.filter(agent=object_id)
             .select_related("sandbox")
             .defer(*HEAVY)
-            .order_by("-id")[:8],
+            .order_by("-created_at")[:8],
             "runs_link": show.rows_of("execution", agent__id__exact=object_id),
             "running_link": show.rows_of("execution", agent__id__exact=object_id, open="yes"),
             "refused_link": show.rows_of("refusal", agent__id__exact=object_id, since="hour"),

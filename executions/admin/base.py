@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db.models import Model
+from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 from unfold.admin import ModelAdmin, TabularInline
+from unfold.views import ChangeList
 
-from executions import audit
+from executions import audit, newest
 from executions.admin import show
 from executions.keys import Caller
 from executions.models import ApiKey, Team
@@ -81,6 +82,51 @@ class RecordPage(Page):
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
+
+
+ID_LETTERS = 26
+LISTED = 10_000  # rows of a list of history
+
+
+class HistoryList(ChangeList):
+    """The newest rows of a table that grows with every run; filters, searches and sorting look at no others.
+
+    What an index leads to is found however old it is: by a whole id, or what is open.
+    """
+
+    def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet:
+        found = super().get_queryset(request, exclude_parameters)
+        if named(self.query):
+            return found
+        if self.params.get("open") in ("yes", "stuck"):
+            return found if request.GET.get("o") else found.order_by(*newest.SORTED)
+        return found.filter(**self.model_admin.newest(request))
+
+
+class HistoryPage(RecordPage):
+    """Records of every run."""
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return HistoryList
+
+    def newest(self, request: HttpRequest) -> dict[str, Any]:
+        """The condition that only the newest LISTED rows meet."""
+        edge = self.model._base_manager.order_by("-pk").values_list("pk", flat=True)[LISTED:].first()
+        return {} if edge is None else {"pk__gt": edge}
+
+    def get_search_results(self, request: HttpRequest, queryset: QuerySet, search_term: str) -> tuple[QuerySet, bool]:
+        own = {field.name for field in self.opts.concrete_fields if field.is_relation or field.primary_key}
+        if (name := named(search_term)) and self.opts.model_name == name:
+            return queryset.filter(pk=search_term.strip()), False
+        if name and name in own:
+            return queryset.filter(**{name: search_term.strip()}), False
+        return super().get_search_results(request, queryset, search_term)
+
+
+def named(text: str) -> str:
+    """Which kind of row the text is the whole id of: "execution" or "sandbox"; else nothing."""
+    prefix, _, rest = text.strip().partition("_")
+    return {"exe": "execution", "sbx": "sandbox"}.get(prefix, "") if len(rest) == ID_LETTERS and rest.isalnum() else ""
 
 
 class ConfigurationPage(Page):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -16,6 +16,7 @@ from executions.models import Execution
 from executions.operations.reap import STALE_BEATS
 from executions.states import SandboxState
 
+BEFORE = "before-"
 PERIODS = {
     "hour": ("the last hour", timedelta(hours=1)),
     "day": ("the last 24 hours", timedelta(days=1)),
@@ -49,6 +50,24 @@ class Since(DropdownFilter):
         if self.value() not in PERIODS:
             return queryset
         return queryset.filter(**{f"{self.field}__gte": timezone.now() - PERIODS[self.value()][1]})
+
+
+class Age(Since):
+    """By age, also by what is older: a list of history shows no more than its newest rows."""
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        older = [(f"{BEFORE}{name}", f"before {words}") for name, (words, _) in PERIODS.items()]
+        return [*super().lookups(request, model_admin), *older]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet) -> QuerySet:
+        end = until(self.value())
+        return queryset.filter(**{f"{self.field}__lt": end}) if end else super().queryset(request, queryset)
+
+
+def until(asked: str | None) -> datetime | None:
+    """The moment before which rows are asked for; None where they are not."""
+    name = (asked or "").removeprefix(BEFORE)
+    return timezone.now() - PERIODS[name][1] if name != asked and name in PERIODS else None
 
 
 class SinceAt(Since):

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
 from asgiref.sync import async_to_sync
 from django.conf import settings
-from django.db.models import Count, F, Sum
+from django.core.cache import cache
+from django.db.models import Count, Sum
 from django.db.models.functions import TruncHour
 from django.http import HttpRequest
 from django.utils import timezone
 
 from executions import backends, breaker
 from executions.admin import charts, filters, show
-from executions.admin.costs import midnight
 from executions.costs import usd
-from executions.models import ApiKey, Execution, MetricTotal, Refusal, Sandbox, Usage
+from executions.models import ApiKey, Execution, MetricTotal, Refusal, Sandbox
 from executions.operations import outages
 from executions.reports import spend
-from executions.states import ExecutionState, SandboxState
+from executions.states import EXECUTION_ENDED, ExecutionState, SandboxState
 
 E, S = ExecutionState, SandboxState
 PATIENCE_SECONDS = 2
-DAY = timedelta(days=1)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+KEPT_SECONDS = 26 * 3600
+TIMED = 1000  # runs of which the run times are told
+RECENT = f"the newest {TIMED:,} of 24 hours"
 SPEND_DAYS = 14
 FAILURES = (E.ERRORED, E.FAILED, E.TIMED_OUT)
 ENDS = (E.SUCCEEDED, E.FAILED, E.TIMED_OUT, E.CANCELLED, E.ERRORED)
@@ -37,8 +41,7 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     if not request.user.has_perm("executions.view_execution"):
         return context
     now = timezone.now()
-    recent = Execution.objects.filter(created_at__gte=now - DAY)
-    ended = list(recent.values_list("backend", "state").annotate(rows=Count("pk")))
+    ran = runs_of_day(now)
     live = list(Sandbox.objects.open().values_list("backend", "state").annotate(rows=Count("pk")))
     sandboxes = {"live": sum(n for *_, n in live), "retiring": sum(n for _, state, n in live if state == S.RETIRING)}
     return {
@@ -46,23 +49,23 @@ def first_page(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         "fresh": not Execution.objects.exists(),
         "has_key": ApiKey.objects.exists(),
         "public_url": settings.PUBLIC_URL,
-        "numbers": numbers(recent, sandboxes, now),
+        "numbers": numbers(sandboxes, now),
         "outages": outages(),
         "needs": needs(sandboxes["retiring"], now),
         "verified": verified(),
-        "backends": backend_rows(ended, live),
-        "runs": (hours := runs_by_hour(recent, now)),
+        "backends": backend_rows([(backend, state, n) for _, backend, state, n in ran], live),
+        "runs": (hours := runs_by_hour(ran, now)),
         "runs_chart": charts.runs(hours),
         "spend": (days := spend_by_day(now)),
         "spend_chart": charts.spend(days),
     }
 
 
-def numbers(recent: Any, sandboxes: dict[str, int], now: datetime) -> list[dict[str, str]]:
+def numbers(sandboxes: dict[str, int], now: datetime) -> list[dict[str, str]]:
     """The row of numbers, each with the list behind it."""
     states = dict(Execution.objects.open().values_list("state").annotate(rows=Count("pk")))
-    half, most = percentiles(recent, 0.5, 0.95)
-    today = Usage.objects.filter(at__gte=midnight()).aggregate(total=Sum("cost_nano_usd"))["total"] or 0
+    half, most = percentiles(now, 0.5, 0.95)
+    today = spend.today()
     took = show.rows_of("execution", since="day", open="no", o=f"-{column('took')}")
     day = timezone.localdate().isoformat()
     waiting = states.get(E.QUEUED, 0) + states.get(E.STARTING, 0)
@@ -74,8 +77,8 @@ def numbers(recent: Any, sandboxes: dict[str, int], now: datetime) -> list[dict[
             "href": show.rows_of("execution", state__exact="running"),
         },
         {"label": "Waiting to run", "value": str(waiting), "href": queued_link},
-        {"label": "Run time, half within", "value": show.seconds(half), "href": took, "hint": "p50 of 24 hours"},
-        {"label": "Run time, 95 % within", "value": show.seconds(most), "href": took, "hint": "p95 of 24 hours"},
+        {"label": "Run time, half within", "value": show.seconds(half), "href": took, "hint": f"p50 of {RECENT}"},
+        {"label": "Run time, 95 % within", "value": show.seconds(most), "href": took, "hint": f"p95 of {RECENT}"},
         {"label": "Live sandboxes", "value": str(sandboxes["live"]), "href": show.rows_of("sandbox", open="yes")},
         {
             "label": "Spend today",
@@ -93,16 +96,12 @@ def column(name: str) -> int:
     return ExecutionPage.list_display.index(name) + 1
 
 
-def percentiles(recent: Any, *parts: float) -> list[timedelta | None]:
-    """Run times below which these parts of the ended runs lie; None without any."""
-    lengths = recent.filter(ended_at__isnull=False, running_at__isnull=False)
-    count = lengths.count()
-    if not count:
-        return [None for _ in parts]
-    ordered = (
-        lengths.annotate(length=F("ended_at") - F("running_at")).order_by("length").values_list("length", flat=True)
-    )
-    return [ordered[min(count - 1, int(count * part))] for part in parts]
+def percentiles(now: datetime, *parts: float) -> list[timedelta | None]:
+    """Run times below which these parts of the newest ended runs of 24 hours lie; None without any."""
+    ended = Execution.objects.filter(created_at__gte=now - DAY, ended_at__isnull=False, running_at__isnull=False)
+    moments = ended.order_by("-created_at").values_list("running_at", "ended_at")[:TIMED]
+    lengths = sorted(end - began for began, end in moments if began and end)
+    return [lengths[min(len(lengths) - 1, int(len(lengths) * part))] if lengths else None for part in parts]
 
 
 def needs(retiring: int, now: datetime) -> list[dict[str, Any]]:
@@ -165,7 +164,9 @@ def backend_rows(ended: list[tuple], live: list[tuple]) -> list[dict[str, Any]]:
     rows = []
     for state in async_to_sync(backend_states)():
         alias = state["alias"]
-        own = {name: n for backend, name, n in ended if backend == alias}
+        own: Counter[str] = Counter()
+        for backend, name, n in ended:
+            own[name] += n if backend == alias else 0
         failures = [
             (name, own[name], show.rows_of("execution", since="day", backend=alias, state__exact=name))
             for name in FAILURES
@@ -212,11 +213,38 @@ async def backend_states() -> list[dict[str, Any]]:
     return states
 
 
-def runs_by_hour(recent: Any, now: datetime) -> charts.Table:
+def runs_of_day(now: datetime) -> list[tuple[datetime, str, str, int]]:
+    """(hour, backend, state, how many began) of the last 24 hours and of this one.
+
+    An hour in which all that began has ended changes no more: it is counted once, and kept.
+    """
     last = timezone.localtime(now).replace(minute=0, second=0, microsecond=0)
-    hours = [last - timedelta(hours=n) for n in range(24, -1, -1)]
-    found = recent.annotate(hour=TruncHour("created_at")).values_list("hour", "state").annotate(rows=Count("pk"))
-    ends = [(hour, state if state in ENDS else "running", n) for hour, state, n in found]
+    hours = [last - n * HOUR for n in range(24, -1, -1)]
+    known = cache.get_many([_kept_as(hour) for hour in hours])
+    unknown = [hour for hour in hours if _kept_as(hour) not in known]
+    began = Execution.objects.filter(created_at__gte=unknown[0]) if unknown else Execution.objects.none()
+    counted: dict[datetime, list[tuple[str, str, int]]] = {hour: [] for hour in unknown}
+    by_hour = began.annotate(hour=TruncHour("created_at")).values_list("hour", "backend", "state")
+    for hour, *line in by_hour.annotate(rows=Count("pk")).order_by():
+        if hour in counted:
+            counted[hour].append(tuple(line))
+    over = {hour: lines for hour, lines in counted.items() if hour < last - HOUR and _has_ended(lines)}
+    cache.set_many({_kept_as(hour): lines for hour, lines in over.items()}, KEPT_SECONDS)
+    return [(hour, *line) for hour in hours for line in known.get(_kept_as(hour), counted.get(hour, []))]
+
+
+def _kept_as(hour: datetime) -> str:
+    return f"runs-began-{hour.timestamp():.0f}"
+
+
+def _has_ended(lines: list[tuple[str, str, int]]) -> bool:
+    return all(state in EXECUTION_ENDED for _, state, _ in lines)
+
+
+def runs_by_hour(ran: list[tuple[datetime, str, str, int]], now: datetime) -> charts.Table:
+    last = timezone.localtime(now).replace(minute=0, second=0, microsecond=0)
+    hours = [last - n * HOUR for n in range(24, -1, -1)]
+    ends = [(hour, state if state in ENDS else "running", n) for hour, _, state, n in ran]
     seen = {state for _, state, _ in ends}
     return charts.table(hours, _summed(ends), [name for name in (*ENDS, E.RUNNING) if name in seen])
 

@@ -15,7 +15,7 @@ from unfold.decorators import display
 
 from executions import breaker, operations
 from executions.admin import filters, levers, show
-from executions.admin.base import ConfigurationPage, RecordInline, RecordPage
+from executions.admin.base import ConfigurationPage, HistoryPage, RecordInline, RecordPage
 from executions.admin.forms import TemplateForm
 from executions.admin.runs import HEAVY, is_list
 from executions.models import Attestation, BackendState, Execution, Sandbox, Template
@@ -61,7 +61,7 @@ class RunsInside(RecordInline):
 
 
 @admin.register(Sandbox)
-class SandboxPage(RecordPage):
+class SandboxPage(HistoryPage):
     list_display = ["label", "badge", "agent_link", "backend", "isolation", "ends", "reserved", "spent", "age"]
     list_filter = [
         filters.OpenOrEnded,

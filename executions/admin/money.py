@@ -15,7 +15,7 @@ from unfold.views import ChangeList
 
 from executions import ledger, quotas
 from executions.admin import ceilings, filters, show
-from executions.admin.base import ConfigurationPage, RecordPage
+from executions.admin.base import ConfigurationPage, HistoryPage, RecordPage
 from executions.admin.costs import reconciliation, report
 from executions.admin.forms import QuotaForm, RateForm
 from executions.models import CostTotal, LedgerEntry, ProviderCharge, Quota, Rate, Usage
@@ -122,7 +122,7 @@ class RatePage(ConfigurationPage):
 
 
 @admin.register(LedgerEntry)
-class LedgerPage(RecordPage):
+class LedgerPage(HistoryPage):
     list_display = ["id", "kind", "amount", "gives", "receives", "budget", "machine", "run", "age"]
     list_filter = [filters.SinceAt, ("kind", ChoicesDropdownFilter), ("team", AutocompleteSelectFilter)]
     list_select_related = ["quota__team", "quota__agent", "quota__key"]
@@ -161,7 +161,7 @@ class LedgerPage(RecordPage):
 
 
 @admin.register(Usage)
-class UsagePage(RecordPage):
+class UsagePage(HistoryPage):
     list_display = ["id", "kind", "agent_link", "backend", "lasted", "price", "cost", "machine", "run", "age"]
     list_filter = [
         filters.SinceAt,

@@ -14,9 +14,10 @@ from unfold.admin import TabularInline
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, BooleanRadioFilter, ChoicesDropdownFilter
 from unfold.decorators import display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+from unfold.views import ChangeList
 
 from executions.admin import levers, show
-from executions.admin.agents import Ceilings, open_runs, spent_today
+from executions.admin.agents import Ceilings, NowList
 from executions.admin.base import ConfigurationPage
 from executions.admin.forms import TeamForm
 from executions.admin.runs import is_list
@@ -55,6 +56,9 @@ class TeamPage(ConfigurationPage):
     fieldsets = [(None, {"fields": ["name", "time_zone"]})]
     inlines = [Members, TeamCeilings]
 
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return NowList
+
     def get_queryset(self, request: HttpRequest) -> QuerySet:
         found = super().get_queryset(request)
         if not is_list(request):
@@ -62,8 +66,6 @@ class TeamPage(ConfigurationPage):
         return found.annotate(
             members=Count("memberships", distinct=True),
             agents_all=Count("agents", distinct=True),
-            open_runs=open_runs("team"),
-            today=spent_today("team"),
         )
 
     @display(description="people", ordering="members")

@@ -15,7 +15,7 @@ from unfold.paginator import InfinitePaginator
 
 from executions import audit
 from executions.admin import filters, levers, show, story
-from executions.admin.base import RecordPage, caller_of
+from executions.admin.base import LISTED, HistoryPage, RecordPage, caller_of
 from executions.models import Artifact, Attempt, Event, Execution, Transition
 
 HEAVY = ("code", "env", "files", "metadata", "error_value")
@@ -26,11 +26,11 @@ def is_list(request: HttpRequest) -> bool:
 
 
 @admin.register(Execution)
-class ExecutionPage(RecordPage):
+class ExecutionPage(HistoryPage):
     list_display = ["name", "badge", "agent_link", "says", "took", "cost", "age", "where", "who"]
     list_filter = [
         filters.OpenOrEnded,
-        filters.Since,
+        filters.Age,
         ("state", ChoicesDropdownFilter),
         filters.ByBackend,
         ("agent", AutocompleteSelectFilter),
@@ -39,7 +39,7 @@ class ExecutionPage(RecordPage):
     list_select_related = ["agent", "actor", "key", "sandbox"]
     search_fields = ["id__startswith", "agent__name__startswith", "workflow__startswith", "step", "user", "request_id"]
     search_help_text = "Id, agent, workflow, step, end user or request id, from its beginning."
-    ordering = ["-id"]  # ids sort by time of birth, and the primary key is an index
+    ordering = ["-created_at", "-id"]
     actions = ["cancel"]
     actions_detail = ["cancel"]
     change_form_outer_before_template = "admin/execution.html"
@@ -50,6 +50,18 @@ class ExecutionPage(RecordPage):
         if is_list(request):
             return found.defer(*HEAVY).annotate(head=Substr("code", 1, 300))
         return found.select_related("team", "agent", "key", "actor", "sandbox", "parent")
+
+    def newest(self, request: HttpRequest) -> dict[str, Any]:
+        """Of one agent, one team or a time that is chosen: their newest."""
+        of = Execution.objects.order_by("-created_at")
+        for name in ("agent", "team"):
+            if chosen := request.GET.get(f"{name}__id__exact"):
+                of = of.filter(**{name: chosen})
+                break
+        if end := filters.until(request.GET.get("since")):
+            of = of.filter(created_at__lt=end)
+        edge = of.values_list("created_at", flat=True)[LISTED:].first()
+        return {} if edge is None else {"created_at__gt": edge}
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
         told = {"code", "env", "files", "error_value"}  # told above, or not to be shown
@@ -104,7 +116,7 @@ class ExecutionPage(RecordPage):
 
 
 @admin.register(Attempt)
-class AttemptPage(RecordPage):
+class AttemptPage(HistoryPage):
     list_display = ["run", "number", "backend", "badge", "why", "took", "age"]
     list_display_links = ["number"]
     list_filter = [("outcome", ChoicesDropdownFilter), filters.ByBackend]
@@ -135,7 +147,7 @@ class AttemptPage(RecordPage):
 
 
 @admin.register(Event)
-class EventPage(RecordPage):
+class EventPage(HistoryPage):
     list_display = ["run", "seq", "kind", "says", "age"]
     list_display_links = ["seq"]
     list_filter = [("kind", ChoicesDropdownFilter)]
@@ -199,7 +211,7 @@ class ArtifactPage(RecordPage):
 
 
 @admin.register(Transition)
-class TransitionPage(RecordPage):
+class TransitionPage(HistoryPage):
     list_display = ["of", "step", "reason", "age"]
     list_display_links = ["step"]
     list_filter = [filters.SinceAt]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from executions import operations
+from executions import newest, operations
 from executions.errors import Invalid, NotFound, TooLarge
 from executions.hop import rows
 from executions.keys import Caller
@@ -75,7 +75,7 @@ def listed(caller: Caller, cursor: str | None) -> tuple[list[Link], str | None]:
     caller.needs(Scope.READ)
     kind, _, last = (cursor or "artifacts:").partition(":")
     if kind not in ("artifacts", "executions"):
-        raise Invalid("That is not a cursor of this list.", field="cursor", remedy="Begin again without a cursor.")
+        raise _no_cursor()
     links: list[Link] = []
     if kind == "artifacts":
         kept = list(_before(_artifacts(caller), last))
@@ -83,9 +83,12 @@ def listed(caller: Caller, cursor: str | None) -> tuple[list[Link], str | None]:
         if len(kept) == PAGE:
             return links, f"artifacts:{kept[-1].pk}"
         last = ""
-    runs = list(_before(_executions(caller), last).only("id", "state", "code"))
-    links += [of_execution(execution) for execution in runs]
-    return links, f"executions:{runs[-1].pk}" if len(runs) == PAGE else None
+    after = newest.place(last)
+    if last and after is None:
+        raise _no_cursor()
+    of = Execution.objects.filter(agent=caller.agent).only("id", "state", "code", "created_at")
+    runs, further = newest.page(newest.also(of, team_id=caller.team.pk), PAGE, of=of, after=after)
+    return links + [of_execution(execution) for execution in runs], f"executions:{further}" if further else None
 
 
 def _before(found: QuerySet, last: str) -> QuerySet:
@@ -118,6 +121,10 @@ def _find(visible, caller: Caller, pk: str, uri: str):
     if row is None:
         raise _unknown(uri)
     return row
+
+
+def _no_cursor() -> Invalid:
+    return Invalid("That is not a cursor of this list.", field="cursor", remedy="Begin again without a cursor.")
 
 
 def _unknown(uri: str) -> NotFound:

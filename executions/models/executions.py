@@ -97,7 +97,7 @@ class Execution(HasLifecycle):
             models.Index(fields=["team", "-created_at", "-id"], name="execution_of_team"),
             models.Index(fields=["created_at"], name="execution_by_time"),
             models.Index(fields=["sandbox", "created_at"], name="execution_in_sandbox"),
-            models.Index(
+            models.Index(  # a workflow's list, in its order; costs nothing without the label
                 fields=["team", "workflow", "-created_at", "-id"],
                 condition=~Q(workflow=""),
                 name="execution_of_workflow",
