@@ -192,20 +192,23 @@ async def reap(*, orphans: bool = True, patience_seconds: float | None = None) -
 
     `patience_seconds`: what takes longer to end goes on, and is left alone by the next rounds until it has.
     """
-    mended = 0
+    mended, left = 0, []
     for execution in await rows(find_stale):
         try:
             await rows(close_stale, execution)
             if not execution.is_open:
                 metrics.ended(execution)
             mended += 1
+            if (session := execution.sandbox) and session.kept and session.state == S.LEASED and session.is_here:
+                left.append(session)
         except IllegalTransition:
             continue
         except Exception:  # one row that cannot be closed does not hold up the others
             log.exception("not_closed", extra={"execution_id": execution.pk})
     at_once = asyncio.Semaphore(RETIRED_AT_ONCE)
-    over = [(sandbox, reason) for sandbox, reason in await rows(find_over) if sandbox.pk not in _ending]
-    mended += await _within(patience_seconds, [_end(sandbox, reason, at_once) for sandbox, reason in over])
+    ending = [_end(sandbox, reason, at_once) for sandbox, reason in await rows(find_over) if sandbox.pk not in _ending]
+    ending += [_end(sandbox, EndReason.LOST, at_once, if_lost=True) for sandbox in left if sandbox.pk not in _ending]
+    mended += await _within(patience_seconds, ending)
     mended += await pausing.pause_idle()
     await asyncio.gather(*(note_egress(sandbox) for sandbox in await rows(find_networked)))
     if orphans:
@@ -213,13 +216,13 @@ async def reap(*, orphans: bool = True, patience_seconds: float | None = None) -
     return mended
 
 
-def _end(sandbox: Sandbox, reason: str, at_once: asyncio.Semaphore) -> asyncio.Task[bool]:
-    """Begin to retire it. A kill that is not answered holds up no others, in this round or the next."""
+def _end(sandbox: Sandbox, reason: str, at_once: asyncio.Semaphore, *, if_lost: bool = False) -> asyncio.Task[bool]:
+    """Begin to retire it; `if_lost`: where it does not answer any more. A kill that is not answered holds up no others, in this round or the next."""
 
     async def end() -> bool:
         async with at_once:
             try:
-                return await retire(sandbox, reason)
+                return (not if_lost or await _is_lost(sandbox)) and await retire(sandbox, reason)
             except Exception:
                 log.exception("not_retired", extra={"sandbox_id": sandbox.pk})
                 return False
@@ -251,9 +254,8 @@ async def kill_orphans() -> int:
         killed += sum(dead)
         metrics.note("sandgate_sandboxes_leaked", alias, value=len(dead) - sum(dead))
         vanished = await rows(_vanished, alias, {item.sandbox_id for item in listed}, asked_at)
-        lost = await asyncio.gather(*(_is_lost(backend, sandbox) for sandbox in vanished))
-        over = [s for s, is_lost in zip(vanished, lost, strict=True) if is_lost and s.pk not in _ending]
-        await _within(None, [_end(sandbox, EndReason.LOST, at_once) for sandbox in over])
+        over = [sandbox for sandbox in vanished if sandbox.pk not in _ending]
+        await _within(None, [_end(sandbox, EndReason.LOST, at_once, if_lost=True) for sandbox in over])
     return killed
 
 
@@ -273,21 +275,23 @@ def _vanished(alias: str, listed: set[str], asked_at: datetime) -> list[Sandbox]
     """Sandboxes that wait, in a pool or for their session's next run, and that their backend did not name when it was asked."""
     alive = Sandbox.objects.open().here().filter(backend=alias, handle__isnull=False)
     pooled = Q(pool__isnull=False, state=S.IDLE, ready_at__lt=asked_at)
-    kept = Q(kept=True, state__in=[S.LEASED, S.PAUSED], ready_at__lt=asked_at - SETTLED)
+    kept = Q(kept=True, state=S.LEASED, ready_at__lt=asked_at)  # which are asked themselves, too
+    kept |= Q(kept=True, state=S.PAUSED, ready_at__lt=asked_at - SETTLED)
     used = Execution.objects.open().filter(sandbox__isnull=False).values("sandbox")
     waiting = alive.filter(pooled | kept).exclude(pk__in=used)
     return [sandbox for sandbox in waiting if sandbox.provider_name not in listed]
 
 
-async def _is_lost(backend: Backend, sandbox: Sandbox) -> bool:
+async def _is_lost(sandbox: Sandbox) -> bool:
+    """Whether what its backend does not name is gone: what can be asked itself is."""
     if sandbox.state != S.LEASED:
         return True
     try:
-        await backend.connect(sandbox.machine)
+        await backends.get(sandbox.backend).connect(sandbox.machine)
     except SandboxLost:
-        return True
+        return await rows(Sandbox.objects.filter(pk=sandbox.pk, state=S.LEASED).exists)  # else paused in between
     except (BackendError, OSError, TimeoutError):
-        pass
+        return False
     return False
 
 

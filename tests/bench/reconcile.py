@@ -50,7 +50,7 @@ NOW = {"sqlite": "strftime('%Y-%m-%d %H:%M:%f', 'now')", "postgresql": "now()"}
 OPEN = (  # turning_until: somebody is taking its files out, for a minute at most
     "SELECT id, state, kept, turning_until > {now} FROM executions_sandbox WHERE ended_at IS NULL AND backend = 'e2b'"
 )
-GOING_ON = "SELECT count(*) FROM executions_execution WHERE ended_at IS NULL"
+GOING_ON = "SELECT id, state, waits_for, heartbeat_at, sandbox_id FROM executions_execution WHERE ended_at IS NULL"
 SPENT = "SELECT sum(spent_nano_usd) FROM executions_sandbox WHERE ended_at IS NOT NULL AND backend = 'e2b'"
 NO_CEILINGS = 'UPDATE executions_quota SET "limit" = 1000000000000000'
 
@@ -75,7 +75,9 @@ class Rows:
     def ask(self, question: str) -> list[tuple[Any, ...]]:
         asked = question.format(now=NOW["postgresql" if self.url else "sqlite"])
         if self.url:
-            with psycopg.connect(self.url, autocommit=True) as database:
+            user, _, path = self.url.removeprefix("postgresql://").partition("@/")
+            folder, _, name = path.rpartition("/")
+            with psycopg.connect(host=folder, user=user, dbname=name, autocommit=True) as database:
                 found = database.execute(asked.encode())
                 return found.fetchall() if found.description else []
         with closing(sqlite3.connect(self.data / "sandgate.sqlite3", timeout=30)) as database, database:
@@ -166,16 +168,16 @@ def _agreed(double: Double, database: Rows, url: str) -> float:
             name.replace("_", ""): f"{state}{', kept' * kept}{', files are being kept' * (keeping or 0)}"
             for name, state, kept, keeping in ours
         }
-        ((going_on,),) = database.ask(GOING_ON)
+        going_on = database.ask(GOING_ON)
         at = time.monotonic() - began
-        if theirs == set(known) and set(known.values()) <= FINE and not going_on:
-            return at
         if at > WITHIN_SECONDS:
             wrong = {
                 name: known.get(name, "not open here") + " and not there" * (name not in theirs)
                 for name in theirs | set(known)
             }
-            raise AssertionError(f"after {at:.0f} s {going_on} executions go on, and: {wrong}")
+            raise AssertionError(f"after {at:.0f} s these executions go on: {going_on}, and: {wrong}")
+        if theirs == set(known) and set(known.values()) <= FINE and not going_on:
+            return at
         time.sleep(0.25)
 
 

@@ -238,6 +238,29 @@ async def test_a_session_that_its_backend_has_lost_is_closed(caller, monkeypatch
     }
 
 
+async def test_a_session_that_was_lost_as_soon_as_it_was_made_is_closed_in_the_first_round(caller):
+    lost = await operations.open_session(caller=caller, request=SessionRequest())
+    machines()[lost.provider_name].end("vanished")
+
+    await operations.reap()
+
+    assert (await Sandbox.objects.aget()).end_reason == "lost"
+
+
+async def test_a_session_whose_run_lost_its_runner_is_asked_whether_it_is_there(caller):
+    lost = await operations.open_session(caller=caller, request=SessionRequest())
+    live = await operations.open_session(caller=caller, request=SessionRequest())
+    for session in (lost, live):
+        run = await rows(operations.submit, caller=caller, request=asks(session_id=session.pk))
+        await its_runner_dies(run)
+    machines()[lost.provider_name].end("vanished")
+
+    await operations.reap(orphans=False)
+
+    ends = {s.pk: s.state async for s in Sandbox.objects.all()}
+    assert ends == {lost.pk: SandboxState.GONE, live.pk: SandboxState.LEASED}
+
+
 async def test_a_session_that_is_not_listed_but_answers_is_left_alone(caller, monkeypatch):
     session = await operations.open_session(caller=caller, request=SessionRequest())
     await Sandbox.objects.aupdate(ready_at=timezone.now() - timedelta(minutes=1))
