@@ -60,10 +60,15 @@ def cluster(home: Path) -> None:
 
 
 @contextmanager
-def postgresql_in(home: Path) -> Iterator[subprocess.Popen[str]]:
-    """The PostgreSQL of `home`, which may be killed and started there again."""
+def postgresql_in(home: Path, *, remembers: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """The PostgreSQL of `home`, which may be killed and started there again; unless it `remembers`, it loses its last commits then."""
     (install,) = home.glob("*/pginstall")
-    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+    quick = (
+        "fsync=off",
+        f"synchronous_commit={'on' if remembers else 'off'}",
+        "full_page_writes=off",
+        "max_connections=200",
+    )
     options = [word for setting in (*quick, "listen_addresses=") for word in ("-c", setting)]
     command = [install / "bin/postgres", "-D", home / "data", "-k", home, *options]
     as_nobody = unprivileged()

@@ -65,7 +65,7 @@ def verified(env: dict[str, str], *within: str) -> None:
 async def test_ten_seconds_without_the_database_lose_no_run_and_run_nothing_twice():
     with servers.folder() as home, servers.folder() as data, ExitStack() as stack:
         servers.cluster(home)
-        database = stack.enter_context(servers.postgresql_in(home))
+        database = stack.enter_context(servers.postgresql_in(home, remembers=True))
         port = servers.free_port()
         more = {"SANDGATE_SCRIPTED": "1", "DJANGO_SETTINGS_MODULE": "config.settings", "SANDGATE_LOG_LEVEL": "WARNING"}
         env = environment(data, port, None, DATABASE_URL=f"postgresql://sandgate@/{home}/postgres", **more)
@@ -90,7 +90,7 @@ async def test_ten_seconds_without_the_database_lose_no_run_and_run_nothing_twic
             once = {"Idempotency-Key": "sent while it was away"}
             meanwhile = asyncio.create_task(http.post(RUN, json={"code": "#= 1"}, headers=once))
             await asyncio.sleep(AWAY_SECONDS)
-            stack.enter_context(servers.postgresql_in(home))
+            stack.enter_context(servers.postgresql_in(home, remembers=True))
 
             ends = [(await task).json() for task in waiting]
             told = [await task for task in streams]
@@ -159,6 +159,7 @@ async def test_a_full_disk_refuses_with_one_code_and_loses_nothing_and_all_goes_
 
     assert local.json()["logs"]["stdout"] == "42\n"
     assert (kept["state"], "the disk of this installation is full" in kept["kept"]) == ("succeeded", True), kept
+    assert all("json" in answer.headers["Content-Type"] for answer in full), "".join(said[-60:])
     problems = [answer.json() for answer in full if answer.status_code != 201]
     assert {(problem["status"], problem["code"]) for problem in problems} == {(507, "storage_full")}, problems
     assert "no room left" in problems[0]["detail"]

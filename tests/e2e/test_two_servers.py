@@ -191,7 +191,7 @@ def test_two_that_start_at_once_on_an_empty_database_both_serve_and_one_makes_th
                 servers.end(process)
 
 
-@pytest.mark.parametrize("how", ["hangs", "is killed"])  # in this order: the killed one is started anew
+@pytest.mark.parametrize("how", [pytest.param("hangs", marks=pytest.mark.long), "is killed"])  # which is started anew
 async def test_when_redis_is_gone_all_that_waits_goes_on_and_hears_it_again_when_it_is_back(pair, how):
     async with asyncio.timeout(60), pair.http(pair.uvicorn) as one, pair.http(pair.daphne) as other:
         body = {"code": "#> first\n#~ 3\n#> last\n#= 7"}
