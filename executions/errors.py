@@ -82,6 +82,7 @@ class Refused(SandgateError):
     status = 400
     theirs = True
     caller: Any = None  # who was denied, where that belongs into the audit
+    quota_id: int | None = None  # which has said so
     waits_seconds = 0  # how long such a request may wait for room instead
     goes_local = False  # whether it may run on this machine instead
 

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from django.conf import settings
@@ -46,7 +46,8 @@ class Caller:
     user: str = ""  # the end user and the workflow of one request: quotas may name them
     workflow: str = ""
     max_nano_usd: int | None = None  # the most that what is asked for may cost
-    has_waited: bool = False  # and it is its turn: others who wait do not come first
+    # Of one that has waited, and whose turn has come: the quotas that had no room for one before it, and what they said.
+    turned_away: dict[int, Refused] | None = field(default=None, compare=False)
 
     def needs(self, scope: str) -> None:
         """Raises Forbidden without the scope."""

@@ -258,8 +258,11 @@ def take(
         _begin_window(quota, zone, now)
         if not (needed := ask.of(quota)):
             continue
-        if executions and not caller.has_waited and quota.when_exhausted == WhenExhausted.WAIT:
-            _leave_to_others(quota, needed, now)
+        if caller.turned_away is None:
+            if executions and quota.when_exhausted == WhenExhausted.WAIT:
+                _leave_to_others(quota, needed, now)
+        elif needed == 1 and quota.pk in caller.turned_away:  # what has come free meanwhile is not for those behind
+            raise caller.turned_away[quota.pk]
         used, aside = quota.used + needed, quota.reserved
         match quota.unit:
             case Unit.CONCURRENT_EXECUTIONS | Unit.CONCURRENT_SANDBOXES | Unit.BYTES_STORED:
@@ -417,7 +420,7 @@ def _left_of_the_living(quota: Quota, now: datetime) -> int:
 
 def _by(quota: Quota, refusal: R) -> R:
     """The refusal, with what the quota says of such requests."""
-    facts = refusal.facts
+    facts, refusal.quota_id = refusal.facts, quota.pk
     ends = facts.get("resets_at")
     ends = datetime.fromisoformat(ends) if ends else None
     _note(quota, facts["limit"], facts["limit"] - facts["remaining"], 0, ends)

@@ -193,9 +193,10 @@ def wanted(caller: Caller, request: Submission, route: list[str] | None = None) 
     return timeout, Wish("", route or request.route, template.name, memory_mib, tuple(network))
 
 
-def begin(execution_id: str) -> Execution | None:
+def begin(execution_id: str, turned_away: dict[int, Refused] | None = None) -> Execution | None:
     """Start one that has waited: all that its admission would have taken is taken now. None when it waits no more.
 
+    `turned_away`: the quotas that had no room for one whose turn was before, and what they said.
     Raises Refused, and nothing has changed. It comes back claimed by this process, unless its session lives elsewhere.
     """
     with transaction.atomic(durable=True), hot.together():
@@ -203,7 +204,7 @@ def begin(execution_id: str) -> Execution | None:
         execution = still.filter(state=E.QUEUED).select_related("team", "agent__template", "key", "actor").first()
         if execution is None:
             return None
-        caller = replace(caller_of(execution).acting_as(None), has_waited=True)
+        caller = replace(caller_of(execution).acting_as(None), turned_away=turned_away or {})
         if caller.key is not None and not caller.key.is_live:
             raise Forbidden("The key that asked for it has expired or was revoked while it waited.")
         path, fields, route = _place(caller, execution, Wish(**execution.wish))

@@ -246,6 +246,7 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
     if not waiting:
         return [], [], 0
     now, full = timezone.now(), set[str]()  # agents: what stands behind their next one waits with it
+    turned_away: dict[int, Refused] = {}
     for execution in in_turn(waiting):
         if execution.cancel_requested_at or (execution.waits_until and execution.waits_until <= now):
             ended += _give_up(execution)
@@ -253,11 +254,13 @@ def _next_ones() -> tuple[list[Execution], list[Execution], int]:
         if execution.agent_id in full or len(full) >= TRIES_AT_ONCE:
             continue
         try:
-            begun = begin(execution.pk)
+            begun = begin(execution.pk, turned_away)
             started += [begun] if begun and not begun.is_unclaimed else []
         except Refused as refusal:
             if refusal.waits_seconds:
                 full.add(execution.agent_id)
+                if refusal.quota_id is not None:
+                    turned_away.setdefault(refusal.quota_id, refusal)
                 _still_waits(execution, refusal)
             else:
                 ended += _give_up(execution, refusal)

@@ -148,6 +148,25 @@ def test_a_crowd_that_came_first_gets_every_other_turn_not_all_of_them(caller, m
 
 
 @pytest.mark.django_db(transaction=True)
+def test_a_place_that_comes_free_in_the_midst_of_a_round_is_for_the_one_whose_turn_it_was(caller, monkeypatch):
+    one_at_a_time(caller)
+    other = replace(caller, agent=Agent.objects.create(team=caller.team, name="other", route=["first"]), key=None)
+    running = [operations.submit(caller=caller, request=asks())]
+    waits = [operations.submit(caller=who, request=asks()).pk for who in (other, caller)]
+
+    def begun(execution_id, turned_away):
+        try:
+            return begin(execution_id, turned_away)
+        finally:
+            for execution in [running.pop()] if running else []:
+                end(execution)
+
+    monkeypatch.setattr(waiting, "begin", begun)
+    assert waiting._next_ones() == ([], [], 2)
+    assert [e.pk for e in waiting._next_ones()[0]] == waits[:1]
+
+
+@pytest.mark.django_db(transaction=True)
 def test_whoever_comes_when_a_place_is_free_leaves_it_to_those_who_wait(caller):
     quota = one_at_a_time(caller, limit=2)
     running = [operations.submit(caller=caller, request=asks()) for _ in range(2)]
