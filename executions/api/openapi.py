@@ -167,7 +167,7 @@ def _answer(status: int, given: Any, references: dict[Any, Any]) -> dict[str, An
 def _content(given: Any, references: dict[Any, Any]) -> dict[str, Any]:
     """The schema of an answer by its media type."""
     match given:
-        case "*/*":  # also a file that is JSON
+        case "*/*" | "text/event-stream":  # also a file that is JSON; and some take it for the schema of one event
             return {given: {"schema": {}}}
         case str():
             return {given: {"schema": {"type": "string"} | ({} if given.startswith("text/") else {"format": "binary"})}}

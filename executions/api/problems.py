@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import sys
 from typing import Any
 
+from django.conf import settings
 from django.core.exceptions import RequestDataTooBig
-from django.http import Http404, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
+from django.views import defaults
 from rest_framework import exceptions
 from rest_framework.exceptions import APIException, ParseError, ValidationError
 
@@ -95,5 +98,12 @@ def handler(error: Exception, context: dict) -> HttpResponse:
     return problem(said, context["request"]._request)
 
 
-def not_found(request, exception=None):
+async def not_found(request: HttpRequest) -> HttpResponse:
     return problem(NotFound("There is nothing at this address."), request)
+
+
+def broke(request: HttpRequest) -> HttpResponse:
+    """What is left to Django: programs get a problem here, too, and people its page."""
+    if not request.path.startswith(settings.PROGRAM_PATHS):
+        return defaults.server_error(request)
+    return problem(ours(sys.exc_info()[1] or Exception()), request)

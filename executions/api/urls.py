@@ -1,4 +1,4 @@
-from django.urls import path
+from django.urls import path, re_path
 
 from executions.api import (
     agents,
@@ -106,5 +106,5 @@ urlpatterns = [
     path("metrics", metrics.metrics),
     path("api/schema", openapi.schema, name="schema"),
     path("api/docs", docs, name="docs"),
-    path("api/v1/<path:rest>", problems.not_found),
+    re_path("^api/v1/(?s:.*)$", problems.not_found),  # with line breaks, too
 ]
