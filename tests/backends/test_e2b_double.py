@@ -230,6 +230,69 @@ async def test_a_kill_that_is_not_answered_is_asked_for_again_beside_the_first(d
         assert handle["sandbox_id"] not in double.live()
 
 
+# code and outages
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr("executions.backends.e2b.backend.QUIET_SECONDS", 0.5)
+
+
+async def into_the_outage(double, backend, handle) -> None:
+    """Everything that a run asks of the sandbox is refused before it is sent, and works again afterwards."""
+    before = double.asked("execute")
+    for asked in (
+        run(backend, handle),
+        backend.write_file(handle, "/home/user/a", b"1"),
+        anext(backend.run_command(handle, "true")),
+    ):
+        with pytest.raises(BackendUnavailable) as never:
+            await asked
+        assert never.value.facts["nothing_sent"]
+    assert double.asked("execute") == before
+
+    double.tell(down="")
+    assert value(await run(backend, handle)) == "1"
+
+
+@pytest.mark.parametrize("down", ["reset", "swallow"])
+async def test_after_a_question_that_failed_code_is_sent_only_where_a_sandbox_answers(double, backend, hasty, down):
+    async with contract.sandbox(backend) as handle:
+        await run(backend, handle)
+        double.tell(down=down)
+        assert not (await backend._look(0.2)).ok
+
+        await into_the_outage(double, backend, handle)
+
+
+async def test_while_a_sandbox_is_silent_code_is_sent_only_where_another_answers(double, backend, hasty):
+    async with contract.sandbox(backend) as handle:
+        await run(backend, handle)
+        double.tell(down="swallow")
+        lost = asyncio.create_task(run(backend, handle))
+        while not backend.account.is_doubtful:
+            await asyncio.sleep(0.01)
+
+        await into_the_outage(double, backend, handle)
+        lost.cancel()
+
+
+async def test_where_e2b_answers_no_question_goes_before_the_code(double, backend, monkeypatch):
+    async with contract.sandbox(backend) as handle:
+        double.tell(kill_hangs=1)
+        killing = asyncio.create_task(backend.kill(handle))  # which is slow, and says nothing of sandboxes
+
+        async def greet(*_):
+            raise AssertionError("It was asked for.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Simulated, "_greet", greet)
+            for _ in range(3):
+                await run(backend, handle)
+        killing.cancel()
+        double.tell(kill_hangs=0)
+
+
 # streams
 
 

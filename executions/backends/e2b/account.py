@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from executions.errors import (
 
 CLOUD = "e2b.app"
 ASK_SECONDS = 10  # for one call to the API; who asks, asks again
+LATE_SECONDS = 0.05  # on top of twice what an answer usually takes
 _heard: ContextVar[list[Any]] = ContextVar("heard")
 
 
@@ -81,13 +83,53 @@ class Account:
         }
         self._sandbox_url = options.get("SANDBOX_URL") or None
         self._client: Any = None
+        self._addresses: Any = None
         self._seals: Any = None
+        self._waiting: dict[object, float] = {}  # when each prompt question was asked, oldest first
+        self._failed_at = self._heard_at = 0.0  # when the latest was asked that nobody, that somebody has answered
+        self._usual_seconds = 0.1
 
     def config(self, **more: Any) -> Any:
         """The SDK's connection to this account's sandboxes."""
         made = sdk().ConnectionConfig(**self.settings, **more)
         made._sandbox_url = self._sandbox_url  # its argument would fall back to the environment
         return made
+
+    def url(self, e2b_id: str, domain: str | None, port: int) -> str:
+        """Where a port of this account's sandbox is."""
+        self._addresses = self._addresses or self.config()
+        return str(self._addresses.get_sandbox_url(e2b_id, domain, port))
+
+    # whether anybody answers
+
+    @contextmanager
+    def asking(self, *, prompt: bool = False) -> Iterator[None]:
+        """One question to this E2B, until its answer begins; what raises was not answered. `prompt`: it usually is, at once."""
+        began, mine = time.monotonic(), object()
+        if prompt:
+            self._waiting[mine] = began
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self._failed_at = max(self._failed_at, began)
+            raise
+        else:
+            self._heard_at = max(self._heard_at, began)
+            if prompt:
+                self._usual_seconds += (time.monotonic() - began - self._usual_seconds) / 8
+        finally:
+            self._waiting.pop(mine, None)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a question has failed, or waits for longer than they ever do, and none that was asked later was answered."""
+        while (first := next(iter(self._waiting), None)) and self._waiting[first] < self._heard_at:
+            del self._waiting[first]
+        patience = LATE_SECONDS + 2 * self._usual_seconds
+        is_late = first is not None and time.monotonic() - self._waiting[first] > patience
+        return is_late or self._failed_at > self._heard_at
 
     async def ask(self, call: str, *args: Any, seconds: float = ASK_SECONDS, **fields: Any) -> Answer:
         """One request. BackendUnavailable where nobody answered, with `perhaps` where it may have been done all the same."""
@@ -96,20 +138,24 @@ class Account:
         client = await self._api()
         heard: list[Any] = []
         _heard.set(heard)
+        parsed = None
         try:
-            async with asyncio.timeout(seconds):
-                response = await import_module(f"e2b.api.client.api.sandboxes.{call}").asyncio_detailed(
-                    *args, client=client, **fields
-                )
-            parsed = response.parsed if response.status_code < 300 else None
+            with self.asking():
+                try:
+                    async with asyncio.timeout(seconds):
+                        response = await import_module(f"e2b.api.client.api.sandboxes.{call}").asyncio_detailed(
+                            *args, client=client, **fields
+                        )
+                    parsed = response.parsed if response.status_code < 300 else None
+                except Exception:  # the SDK raises whatever an answer that it cannot read leads to
+                    if not heard:
+                        raise
         except TimeoutError:
             raise BackendUnavailable(f"E2B did not answer within {seconds:g} s.", perhaps=True) from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as e:
             raise BackendUnavailable(self.said(e)) from None
-        except Exception as e:  # the SDK raises whatever an answer that it cannot read leads to
-            if not heard:
-                raise BackendUnavailable(self.said(e), perhaps=True) from None
-            parsed = None
+        except Exception as e:
+            raise BackendUnavailable(self.said(e), perhaps=True) from None
         (response,) = heard
         retry_after = response.headers.get("Retry-After", "")
         return Answer(

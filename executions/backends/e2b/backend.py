@@ -24,7 +24,7 @@ from executions.backends.base import (
 from executions.backends.e2b.account import ASK_SECONDS, Account, Answer, loaded
 from executions.backends.e2b.command import GRACE_SECONDS, run
 from executions.backends.e2b.stream import execute
-from executions.errors import BackendError, BackendUnavailable, SandboxLost, SandboxRefused
+from executions.errors import BackendError, BackendUnavailable, SandboxLost, SandboxMissing, SandboxRefused
 from executions.network import PORTS, Rules
 from executions.states import LANGUAGES
 
@@ -192,10 +192,13 @@ class E2BBackend(Backend):
 
     async def connect(self, handle: Handle) -> None:
         """One question to the sandbox itself."""
+        await self._greet(handle, CHECK_SECONDS)
+
+    async def _greet(self, handle: Handle, seconds: float) -> None:
         await loaded()
-        with self.account.translated():
+        with self.account.translated(), self.account.asking(prompt=True):
             url = self._url(handle, ENVD)
-            answer = await self._http().get(f"{url}/health", headers=_address(handle, ENVD), timeout=CHECK_SECONDS)
+            answer = await self._http().get(f"{url}/health", headers=_address(handle, ENVD), timeout=seconds)
         if answer.status_code == 502:
             raise SandboxLost
         if not answer.is_success:
@@ -311,7 +314,7 @@ class E2BBackend(Backend):
         return self._streams
 
     def _url(self, handle: Handle, port: int) -> str:
-        return self.account.config().get_sandbox_url(handle["e2b_id"], handle["domain"], port)
+        return self.account.url(handle["e2b_id"], handle["domain"], port)
 
     async def _token(self, handle: Handle) -> str:
         """What opens the sandbox: from its handle, or from E2B where this installation's secret has changed since."""
@@ -344,6 +347,21 @@ class E2BBackend(Backend):
         )
         return made
 
+    async def _must_be_reached(self, handle: Handle) -> None:
+        """Before code is handed over while E2B may be down: SandboxMissing or BackendUnavailable, and nothing has run.
+
+        Nobody can tell of code that was sent into an outage whether it has run; of a question it does not matter.
+        """
+        if not self.account.is_doubtful:
+            return
+        try:
+            await self._greet(handle, QUIET_SECONDS)
+        except SandboxLost:
+            raise SandboxMissing from None
+        except BackendError as e:
+            said = f"E2B does not lead to the sandbox at the moment: {e}".rstrip(": ")
+            raise BackendUnavailable(said, nothing_sent=True) from None
+
     # code
 
     async def run_code(
@@ -361,6 +379,7 @@ class E2BBackend(Backend):
         import httpx
 
         await loaded()
+        await self._must_be_reached(handle)
         token, client = await self._token(handle), self._http()
         asked = {"code": code, "context_id": context_id, "language": None if context_id else language, "env_vars": env}
         request = client.build_request(
@@ -370,7 +389,12 @@ class E2BBackend(Backend):
             json=asked,
             timeout=httpx.Timeout(timeout_seconds + GRACE_SECONDS),  # the SDK's transport takes it for the whole
         )
-        events = execute(client, request, timeout_seconds, partial(self.connect, handle))
+
+        async def send() -> Any:
+            with self.account.asking(prompt=True):
+                return await client.send(request, stream=True)
+
+        events = execute(send, timeout_seconds, partial(self.connect, handle))
         try:
             async for event in events:
                 yield event
@@ -388,6 +412,7 @@ class E2BBackend(Backend):
         cpu_seconds: float = 0,  # E2B keeps no such limit: routes leave it out where one is asked for
     ) -> AsyncIterator[Event]:
         """A deadline is kept by E2B; closing the iterator kills the command."""
+        await self._must_be_reached(handle)
         sandbox = await self._sandbox(handle)
         events = run(self.account, sandbox, command, cwd=cwd, envs=env, timeout_seconds=timeout_seconds)
         try:
@@ -421,6 +446,7 @@ class E2BBackend(Backend):
     # files
 
     async def write_file(self, handle: Handle, path: str, data: bytes | AsyncIterator[bytes]) -> None:
+        await self._must_be_reached(handle)
         sandbox = await self._sandbox(handle)
         with self.account.translated():
             await sandbox.files.write(path, data)

@@ -27,8 +27,10 @@ QUIET_SECONDS = 15  # E2B says something every five: after so long somebody asks
 Alive = Callable[[], Awaitable[None]]
 
 
-async def execute(client: Any, request: Any, timeout_seconds: float, alive: Alive) -> AsyncGenerator[Event, None]:
-    """The events of one POST /execute; closing it closes the connection, by which E2B interrupts the code.
+async def execute(
+    send: Callable[[], Awaitable[Any]], timeout_seconds: float, alive: Alive
+) -> AsyncGenerator[Event, None]:
+    """The events of one POST /execute, which `send` sends; closing it closes the connection, by which E2B interrupts the code.
 
     `alive` raises SandboxLost or BackendError where the sandbox is not to be reached.
     """
@@ -36,7 +38,7 @@ async def execute(client: Any, request: Any, timeout_seconds: float, alive: Aliv
 
     ends = time.monotonic() + timeout_seconds
     try:
-        response = await _patiently(client.send(request, stream=True), ends, alive)
+        response = await _patiently(send(), ends, alive)
         try:
             if not response.is_success:
                 async with asyncio.timeout(ends - time.monotonic()):
