@@ -1,3 +1,5 @@
 from django.urls import include, path
 
 urlpatterns = [path("", include("executions.urls"))]
+
+handler500 = "executions.api.problems.broke"

@@ -1,9 +1,13 @@
 """A disk that takes nothing more: whatever has to be written is refused with one code, and what is read is answered."""
 
+import errno
 import sqlite3
 
 import pytest
 from django.db import OperationalError, connection
+from django.test import AsyncClient
+
+from executions import audit
 
 pytestmark = pytest.mark.django_db
 WRITES = [
@@ -49,3 +53,15 @@ async def test_what_is_read_is_answered(call, disk):
     answer = await call("GET", f"/api/v1/executions/{body['id']}")
 
     assert answer.json()["state"] == "succeeded"
+
+
+async def test_what_breaks_while_a_refusal_is_told_is_a_problem_too(monkeypatch):
+    def full(error):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(audit, "tells", full)
+
+    answer = await AsyncClient(raise_request_exception=False).get("/api/v1/executions")
+
+    assert (answer.status_code, answer["Content-Type"]) == (507, "application/problem+json"), answer.content
+    assert answer.json()["code"] == "storage_full"
