@@ -41,6 +41,9 @@ def open_runs(owner: str) -> Any:
 class NowList(ChangeList):
     """Agents or teams, with what they run and have spent today: looked up for those shown, and for all only to sort by it."""
 
+    root_queryset: Any
+    result_list: Any
+
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet:
         owner = str(self.opts.model_name)
         if self.params.get("o"):
@@ -57,7 +60,7 @@ class NowList(ChangeList):
         running, spent = dict(runs.annotate(Count("pk"))), dict(totals.annotate(Sum("cost_nano_usd")))
         for row in shown:
             row.open_runs, row.today = running.get(row.pk, 0), spent.get(row.pk, 0)
-        self.result_list: Any = shown
+        self.result_list = shown
 
 
 class Ceilings(TabularInline):
