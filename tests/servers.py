@@ -155,6 +155,7 @@ def end(process: subprocess.Popen[Any], stop: signal.Signals = signal.SIGTERM, s
 
 
 def die_with_parent() -> None:
+    """For `preexec_fn`. The kernel means the thread that starts the child: start what is to live on from one that does."""
     PR_SET_PDEATHSIG = 1
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
