@@ -11,9 +11,10 @@ from django.core.cache import cache
 from django.db import connection
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from executions import newest, operations
-from executions.admin import base, runs
+from executions.admin import base, first_page, runs
 from executions.models import Attempt, Event, Execution, LedgerEntry, Sandbox, Transition, Usage, new_id
 from executions.reports import totals
 from tests.plane.conftest import asks
@@ -201,3 +202,63 @@ def rows_read(plan: dict) -> int:
     if re.fullmatch(rf"executions_({HISTORY})", plan.get("Relation Name", "")):
         own = (plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)) * plan["Actual Loops"]
     return own + sum(rows_read(part) for part in plan.get("Plans", []))
+
+
+@pytest.mark.django_db
+def test_the_admin_finds_what_its_list_no_longer_shows(caller, ada, monkeypatch):
+    monkeypatch.setattr(base, "LISTED", 20)
+    monkeypatch.setattr(runs, "LISTED", 20)
+    ada.is_superuser = ada.is_staff = True
+    ada.save()
+    async_to_sync(operations.execute)(caller=caller, request=asks("#= 1"))
+    history(0, 60)
+    old = Execution.objects.order_by("created_at").first()
+    client = Client()
+    client.force_login(ada)
+
+    def shown(model: str, query: str) -> list:
+        answer = client.get(f"{reverse(f'admin:executions_{model}_changelist')}?{query}")
+        return [getattr(row, "execution_id", row.pk) for row in answer.context["cl"].result_list]
+
+    assert old.pk not in shown("execution", "")
+    assert shown("execution", f"q={old.pk}") == [old.pk]
+    assert set(shown("transition", f"q={old.pk}")) == set(shown("usage", f"q={old.pk}")) == {old.pk}
+    Execution.objects.filter(created_at__gt=old.created_at + timedelta(hours=10)).update(created_at=timezone.now())
+    assert old.pk in shown("execution", "since=before-day")
+
+
+@pytest.mark.django_db
+def test_the_console_looks_further_back_where_nothing_matched_yet(caller, ada, monkeypatch):
+    monkeypatch.setattr(newest, "LOOKED_AT", 20)
+    async_to_sync(operations.execute)(caller=caller, request=asks("#= 1"))
+    history(0, 50)
+    old = Execution.objects.order_by("created_at").first()
+    Execution.objects.filter(pk=old.pk).update(backend="third")
+    client, address, empty = Client(), "/runs?backend=third", 0
+    client.force_login(ada)
+
+    while not (answer := client.get(address)).context["runs"]:
+        assert b"No match so far" in answer.content
+        address, empty = f"/runs?{answer.context['older']}", empty + 1
+
+    assert [run.pk for run in answer.context["runs"]] == [old.pk]
+    assert empty == 2
+    assert [run.pk for run in client.get(f"/runs?q={old.pk}").context["runs"]] == [old.pk]
+
+
+@pytest.mark.django_db
+def test_an_hour_of_the_first_page_is_kept_only_when_all_of_it_has_ended(caller):
+    cache.clear()
+    execution = operations.submit(caller=caller, request=asks())
+    long_ago = timezone.now() - timedelta(hours=3)
+    Execution.objects.filter(pk=execution.pk).update(created_at=long_ago)
+
+    def seen() -> list:
+        return [(state, n) for _, _, state, n in first_page.runs_of_day(timezone.now())]
+
+    assert seen() == [("starting", 1)]
+    Execution.objects.filter(pk=execution.pk).update(state="cancelled", ended_at=timezone.now())
+    assert seen() == [("cancelled", 1)]
+    Execution.objects.filter(pk=execution.pk).update(state="failed")  # as nothing does: what is kept is not read again
+    assert seen() == [("cancelled", 1)]
+    cache.clear()
