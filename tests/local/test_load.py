@@ -40,6 +40,7 @@ async def main():
     backend = LocalBackend("local", {"RUN_DIR": sys.argv[1]})
     sys.stdout.write(json.dumps(await asyncio.gather(*(one(backend, n) for n in range(8)))))
 
+print("ready", flush=True)
 sys.stdin.read(1)
 asyncio.run(main())
 """
@@ -58,6 +59,7 @@ def test_two_processes_share_one_node(node):
         )
         for _ in range(2)
     ]
+    assert [client.stdout.readline() for client in clients if client.stdout] == [b"ready\n"] * 2
     for client in clients:
         assert client.stdin is not None
         client.stdin.write(b"x")  # both at once

@@ -24,7 +24,8 @@ def disk(db):
     told = {"full": False}
 
     def execute(really, sql, params, many, context):
-        if told["full"] and sql.lstrip().upper().startswith(("INSERT", "UPDATE", "DELETE")):
+        sql_text = sql.decode() if isinstance(sql, bytes) else sql
+        if told["full"] and sql_text.lstrip().upper().startswith(("INSERT", "UPDATE", "DELETE")):
             cause = sqlite3.OperationalError("database or disk is full")
             cause.sqlite_errorname = "SQLITE_FULL"
             raise OperationalError("database or disk is full") from cause
