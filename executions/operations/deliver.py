@@ -36,7 +36,7 @@ KEPT = {DeliveryState.DELIVERED: timedelta(days=3), DeliveryState.DEAD: timedelt
 log = logging.getLogger(__name__)
 
 _sending: dict[str, asyncio.Task[None]] = {}  # by webhook
-_seen: tuple[int, str] = (0, "")  # the last transition that was seen, and the transactions that it may have overtaken
+_seen: tuple[int, frozenset[str]] = (0, frozenset())  # the last transition that was seen, and who might be behind it
 
 
 async def look() -> list[asyncio.Task[None]]:
@@ -78,23 +78,33 @@ def _due() -> list[str]:
 def _settled() -> int:
     """The transition up to which no earlier one can still appear.
 
-    On PostgreSQL numbers are given before transactions end: what was seen counts when all that were open then have ended.
+    On PostgreSQL numbers are given before transactions end: what was seen counts when all that wrote into the table then have
+    ended. Whoever writes into it holds its lock before a number is given, and until its rows can be seen.
     """
     global _seen
     newest = latest()
     if connection.vendor != "postgresql":
         return newest
-    last, open_then = _seen
+    writing = _writers()
+    if not writing:
+        return newest
+    last, writing_then = _seen
+    if writing & writing_then:
+        return 0
+    _seen = (newest, writing)
+    return last
+
+
+def _writers() -> frozenset[str]:
+    """Other transactions of this database that have written into the table of transitions and go on (PostgreSQL)."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT pg_snapshot_xmax(pg_current_snapshot())::text, NOT EXISTS (SELECT 1 FROM pg_snapshot_xip(pg_current_snapshot()) x"
-            " WHERE x < %s::xid8 AND x IS DISTINCT FROM pg_current_xact_id_if_assigned())",
-            [open_then or "0"],
+            "SELECT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted"
+            " AND relation = %s::regclass AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND pid IS DISTINCT FROM pg_backend_pid()",
+            [Transition._meta.db_table],
         )
-        next_one, all_ended = cursor.fetchone()
-    if not open_then or all_ended:
-        _seen = (newest, next_one)
-    return last if open_then and all_ended else 0
+        return frozenset(row[0] for row in cursor.fetchall())
 
 
 def latest() -> int:
