@@ -36,7 +36,7 @@ class ExecutionPage(HistoryPage):
         ("agent", AutocompleteSelectFilter),
         ("team", AutocompleteSelectFilter),
     ]
-    list_select_related = ["agent", "actor", "key", "sandbox"]
+    list_select_related = ["agent", "actor", "key"]
     search_fields = ["id__startswith", "agent__name__startswith", "workflow__startswith", "step", "user", "request_id"]
     search_help_text = "Id, agent, workflow, step, end user or request id, from its beginning."
     ordering = ["-created_at", "-id"]
@@ -48,7 +48,8 @@ class ExecutionPage(HistoryPage):
     def get_queryset(self, request: HttpRequest) -> QuerySet:
         found = super().get_queryset(request)
         if is_list(request):
-            return found.defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+            shown = found.defer(*HEAVY).annotate(head=Substr("code", 1, 300))
+            return shown.prefetch_related("sandbox")  # joined, a search would read those of all that it looks at
         return found.select_related("team", "agent", "key", "actor", "sandbox", "parent")
 
     def newest(self, request: HttpRequest) -> dict[str, Any]:
