@@ -50,6 +50,17 @@ def hop(request: pytest.FixtureRequest) -> None:
     settings.HOP_INLINE = not (real or "transactional_db" in request.fixturenames)
 
 
+@pytest.fixture
+def index(settings, tmp_path):
+    """An index of the test's own, from which the product takes packages; what it fetches goes with the test."""
+    from tests.index import running_index
+
+    with running_index() as served:
+        settings.PACKAGE_INDEX = f"{served.url}/simple"
+        settings.DATA = tmp_path
+        yield served
+
+
 @pytest.fixture(autouse=True)
 def breaker_forgets() -> None:
     """The rows that a process has seen go with the test's transaction."""

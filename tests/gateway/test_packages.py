@@ -18,20 +18,17 @@ from executions.operations.reap import _retiring
 from executions.packages import layers
 from executions.serializers import SessionRequest, Submission, parse
 from executions.states import Scope
-from tests.index import Index, running_index
+from tests.index import Index
 from tests.product import Product
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
 @pytest.fixture
-def index(settings, tmp_path) -> Iterator[Index]:
-    with running_index() as served:
-        settings.PACKAGE_INDEX = f"{served.url}/simple"
-        settings.DATA = tmp_path
-        served.add("greeting", "1.0", {"greeting/__init__.py": "from frame import around\n"}, requires=("frame>=1",))
-        served.add("frame", "1.2", {"frame.py": "def around(x): return f'[{x}]'\n"})
-        yield served
+def index(index: Index) -> Index:
+    index.add("greeting", "1.0", {"greeting/__init__.py": "from frame import around\n"}, requires=("frame>=1",))
+    index.add("frame", "1.2", {"frame.py": "def around(x): return f'[{x}]'\n"})
+    return index
 
 
 @pytest.fixture

@@ -17,18 +17,9 @@ from executions.packages import layers
 from executions.packages.history import runs_with
 from executions.serializers import SessionRequest, Submission, parse
 from executions.states import EndReason, Scope
-from tests.index import Index, running_index
 from tests.node import RunningNode
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def index(settings, tmp_path) -> Iterator[Index]:
-    with running_index() as served:
-        settings.PACKAGE_INDEX = f"{served.url}/simple"
-        settings.DATA = tmp_path
-        yield served
 
 
 @pytest.fixture
