@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from django.db.models import BooleanField, F, Func, QuerySet
 from django.db.models.functions import Coalesce
 
-LOOKED_AT = (
-    2000  # rows of one page: some 10 ms where filters leave out all, and too few for PostgreSQL to start workers
-)
+LOOKED_AT = 2000  # rows of one page: some 10 ms where filters leave out all; too few for PostgreSQL to start workers
 COUNTED = 10_000
 ORDER = ("-created_at", "-id")
 SORTED = (Coalesce("created_at", "created_at").desc(), Coalesce("id", "id").desc())  # the same, and no index has it
@@ -35,9 +33,11 @@ def place(text: str) -> Place | None:
     try:
         at, _, pk = base64.urlsafe_b64decode(text.encode() + b"==").decode().partition(" ")
         moment = datetime.fromisoformat(at)
-    except (ValueError, binascii.Error):
+        if moment.tzinfo is None or not pk.isprintable():
+            return None
+        return Place(moment.astimezone(UTC), pk)
+    except (ValueError, binascii.Error, OverflowError):  # the last: before the first year, or behind the last one
         return None
-    return Place(moment, pk) if moment.tzinfo and pk.isprintable() else None
 
 
 def page(found: QuerySet, size: int, *, of: QuerySet, after: Place | None = None) -> tuple[list[Any], Place | None]:

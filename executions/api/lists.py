@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from datetime import UTC
 from typing import Any
 
 import django_filters
+from django.core.exceptions import ValidationError
 from django.db.models import Q, QuerySet, TextField
 from django.db.models.fields.json import KeyTextTransform
 from django.db.models.functions import Cast
@@ -37,6 +39,19 @@ PAGES: dict[str, dict[str, Any]] = {
 }
 
 
+class MomentField(django_filters.fields.IsoDateTimeField):
+    def to_python(self, value: Any) -> Any:
+        moment = super().to_python(value)
+        try:
+            return moment and moment.astimezone(UTC)
+        except OverflowError:
+            raise ValidationError("It lies before the first year or behind the last one.") from None
+
+
+class Moment(django_filters.IsoDateTimeFilter):
+    field_class = MomentField
+
+
 class ExecutionFilter(django_filters.FilterSet):
     q = django_filters.CharFilter(method="text", label="Text in the code, or in what went wrong.")
     state = django_filters.ChoiceFilter(choices=ExecutionState.choices)
@@ -44,8 +59,8 @@ class ExecutionFilter(django_filters.FilterSet):
     agent = django_filters.CharFilter(method="chosen_already")
     session = django_filters.CharFilter(field_name="sandbox_id")
     parent = django_filters.CharFilter(field_name="parent_id")
-    created_after = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
-    created_before = django_filters.IsoDateTimeFilter(field_name="created_at", lookup_expr="lt")
+    created_after = Moment(field_name="created_at", lookup_expr="gte")
+    created_before = Moment(field_name="created_at", lookup_expr="lt")
 
     class Meta:
         model = Execution
@@ -84,7 +99,7 @@ def parameters(filters: type[django_filters.FilterSet], *, metadata: bool = Fals
         match one:
             case django_filters.BooleanFilter():
                 kind: dict[str, Any] = {"type": "boolean"}
-            case django_filters.IsoDateTimeFilter():
+            case Moment():
                 kind = {"type": "string", "format": "date-time"}
             case django_filters.ChoiceFilter():
                 kind = {"type": "string", "enum": [value for value, _ in one.extra["choices"]]}

@@ -1,5 +1,6 @@
 """What people and programs look at costs the same with ten times the history behind it: the databases' own work is counted."""
 
+import base64
 import json
 import re
 from copy import copy
@@ -96,9 +97,20 @@ def test_every_row_is_found_though_a_page_goes_through_few(caller, key, monkeypa
 
 
 def test_what_is_no_cursor_is_refused(client, key):
-    for text in ("x", "é", "MjAyNg", "a" * 5000, "%00"):
+    too_early, too_late = (
+        base64.urlsafe_b64encode(at).decode() for at in (b"0001-01-01T00:00:00+14:00 ", b"9999-12-31T23:59:59-14:00 ")
+    )
+    for text in ("x", "é", "MjAyNg", "a" * 5000, "%00", too_early, too_late):
         answer = client.get(f"/api/v1/executions?cursor={text}", headers={"Authorization": f"Bearer {key}"})
         assert (answer.status_code, answer.json()["code"]) == (400, "invalid"), text
+
+
+@pytest.mark.parametrize(
+    "asked", ["created_after=0001-01-01T00:00:00%2B14:00", "created_before=9999-12-31T23:59:59-14:00"]
+)
+def test_a_moment_that_utc_has_not_is_refused(client, key, asked):
+    answer = client.get(f"/api/v1/executions?{asked}", headers={"Authorization": f"Bearer {key}"})
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
 
 
 def pages(agent, key: str, person) -> dict:
