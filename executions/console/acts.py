@@ -76,9 +76,8 @@ async def rerun(request: MemberRequest, execution_id: str) -> HttpResponse:
         return request.caller, again(run, parse(RerunRequest, asked))
 
     once = request.POST.get("once", "")[:64]
-    token = (
-        f"{once} {request.POST.get('route', '')}"[:100] if once else None
-    )  # going back to choose another is another run
+    chosen = request.POST.get("route", "")[:30]
+    token = f"{once} {chosen}" if once else None  # going back to choose another is another run
     shape = await operations.execute(caller=who_and_what, idempotency_key=token, wait_seconds=0)
     return redirect(f"/runs/{shape.id}")
 
