@@ -32,7 +32,7 @@ env = Env()
 if (BASE_DIR / ".env").is_file():
     env.read_env(str(BASE_DIR / ".env"))
 
-DATA = Path(env.str("SANDGATE_DATA", default=str(BASE_DIR / "var"))).absolute()
+DATA = Path(env.str("SANDGATE_DATA", default="") or BASE_DIR / "var").absolute()
 
 
 def kept(name: str, made: str) -> str:

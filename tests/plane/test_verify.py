@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import timedelta
 from importlib import import_module
 from threading import Thread
@@ -37,6 +39,7 @@ from executions.reports import totals
 from executions.serializers import SessionRequest
 from executions.states import ExecutionState, SandboxState, Unit, Window
 from tests.plane.conftest import asks
+from tests.product import HOME, environment
 
 pytestmark = pytest.mark.django_db
 GUARD = import_module("executions.migrations._audit_guard")
@@ -388,3 +391,17 @@ def test_writers_neither_wait_for_the_snapshot_nor_are_seen_in_it(team):
     assert [wrong.found for wrong in invariants.reservations()] == ["1 nano-dollars"]
     with transaction.atomic():  # the connection writes as before
         Quota.objects.update(reserved=0)
+
+
+@pytest.mark.parametrize("where", ["", "elsewhere"])
+def test_a_database_that_nobody_has_served_is_one_sentence_and_makes_no_file_where_one_stands(tmp_path, where):
+    """An empty SANDGATE_DATA is none at all."""
+    database = f"sqlite:///{tmp_path}/none.sqlite3"
+    env = environment(tmp_path, 1, None, DATABASE_URL=database) | {"SANDGATE_DATA": where and str(tmp_path / where)}
+    command = [sys.executable, "-W", "ignore", str(HOME / "manage.py"), "verify"]
+    told = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"The database {tmp_path}/none.sqlite3 cannot be checked")
+    assert "Traceback" not in told.stderr
+    assert not (tmp_path / "secret_key").exists()

@@ -8,10 +8,12 @@ import sys
 from typing import Any
 
 from django.core.management.base import BaseCommand
+from django.db import DatabaseError, connection
 from django.utils import timezone
 
 from executions import backends, operations
 from executions.invariants import Check
+from executions.management import boot
 
 
 class Command(BaseCommand):
@@ -21,7 +23,15 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="the checks as JSON, with up to 20 wrong rows of each")
 
     def handle(self, **options: Any) -> None:
-        checks = asyncio.run(verified())
+        try:
+            checks = asyncio.run(verified())
+        except DatabaseError as e:
+            name, words = connection.settings_dict["NAME"], str(e).strip().partition("\n")[0]
+            boot.unable(
+                f"The database {name} cannot be checked: {words}",
+                "see that DATABASE_URL or SANDGATE_DATA names the one that is served; manage.py migrate makes its tables",
+                code=2,
+            )
         self.stdout.write(as_json(checks) if options["json"] else text(checks))
         if any(check.wrong for check in checks):
             sys.exit(1)
